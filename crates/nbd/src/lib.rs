@@ -1,0 +1,1 @@
+//! Asynchronous client for the NBD protocol

@@ -1,0 +1,1 @@
+//! Provider that keeps points as plain images in a directory

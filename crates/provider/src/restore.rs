@@ -1,0 +1,54 @@
+//! Getting points back.
+
+use crate::{ConfigFile, PointRecord, Result, VolumeSource};
+use async_trait::async_trait;
+use std::sync::Arc;
+use stillpoint_model::{DiskName, Length, Offset};
+
+/// A stored point, opened for reading.
+#[async_trait]
+pub trait Restore: Send + Sync {
+    /// What is known of the point.
+    fn record(&self) -> &PointRecord;
+
+    /// The configuration files (`archive_get_guest_config` and `archive_get_firewall_config` in one).
+    ///
+    /// # Errors
+    /// If they cannot be read or are damaged.
+    async fn config(&self) -> Result<Vec<ConfigFile>>;
+
+    /// Opens one disk (`restore_vm_volume_init`). Reads are checked against what was recorded when the point was
+    /// made: a source returns the very bytes or an error that names the offset. It has no clean regions.
+    ///
+    /// # Errors
+    /// If the point has no such disk, or it cannot be opened.
+    async fn volume(&self, disk: &DiskName) -> Result<Arc<dyn VolumeSource>>;
+}
+
+/// Hears of progress in long work.
+pub trait Progress: Send + Sync {
+    /// How much there is to do, as far as is known.
+    fn total(&self, bytes: Length);
+    /// So much more is done.
+    fn advanced(&self, bytes: Length);
+}
+
+/// One thing wrong with a stored point.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// The disk, where it is about one.
+    pub disk: Option<DiskName>,
+    /// Where on the disk, where that is known.
+    pub offset: Option<Offset>,
+    /// What is wrong, with the file's path.
+    pub what: String,
+}
+
+/// What became of verifying a point.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct VerifyReport {
+    /// Bytes that were read and compared.
+    pub checked: Length,
+    /// What is wrong; empty if nothing is.
+    pub findings: Vec<Finding>,
+}

@@ -1,0 +1,1 @@
+//! Asynchronous client for the QEMU Machine Protocol and the guest agent
