@@ -45,7 +45,7 @@ pub struct DiskRecord {
 }
 
 /// One point: all disks of a VM at one instant.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PointRecord {
     /// The VM.
     pub vm: VmName,
