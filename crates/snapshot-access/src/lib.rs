@@ -1,1 +1,65 @@
-//! Holds one instant of all disks of a running VM while the guest writes on
+//! Holds one instant of all disks of a running VM, and makes it readable, while the guest writes on.
+//!
+//! It knows QEMU and its block graph; it knows nothing of providers' targets or of the command line.
+//!
+//! ```text
+//!   before                          held                                     after
+//!
+//!   front end                       front end        reader (NBD)            front end
+//!       |                               |                |                       |
+//!       v                               v                v                       v
+//!     disk node                      filter <--- snapshot access               disk node
+//!                                    |    |  copy before write
+//!                                    v    v
+//!                             disk node   fleecing image (no name)
+//! ```
+//!
+//! A run: [`Machine::inspect`] looks at the VM and refuses what is known to hurt it; [`SnapshotAccess::take`] takes the
+//! instant; [`SnapshotAccess::volumes`] are read; [`SnapshotAccess::tear_down`] takes the graph back to what it was and
+//! returns the [`Chain`] of bitmaps, whose fate is the run's outcome. After a death [`LeftOvers`] finds and undoes
+//! what is still there. The steps and what undoes each are listed in the `step` module, the argument that no write is
+//! lost is in the `pause` and `bitmap` modules.
+//!
+//! ```no_run
+//! use stillpoint_snapshot_access::{DiskPlan, Machine, ReadMode, Settings, SnapshotAccess};
+//! # async fn example(qmp: stillpoint_qmp::Qmp, settings: Settings) -> Result<(), Box<dyn std::error::Error>> {
+//! let machine = Machine::inspect(&qmp).await?;
+//! let full = ReadMode::Full { granularity: stillpoint_model::Granularity::DEFAULT };
+//! let plan = machine.disks.iter().map(|disk| DiskPlan { disk: disk.clone(), mode: full.clone() }).collect();
+//! let access = SnapshotAccess::take(qmp, &machine, plan, settings).await?;
+//! println!("the guest stood still for {:?}", access.instant().pause);
+//! let volumes = access.volumes();
+//! // ... read them, make the point durable ...
+//! # drop(volumes);
+//! let (chain, torn_down) = access.tear_down().await;
+//! chain.commit().await?;
+//! torn_down?;
+//! # Ok(()) }
+//! ```
+
+mod access;
+mod bitmap;
+mod command;
+mod discard;
+mod error;
+mod fleecing;
+mod freeze;
+mod inspect;
+mod journal;
+mod listener;
+mod names;
+mod pause;
+mod recover;
+mod step;
+mod volume;
+mod watch;
+
+pub use access::{Canceller, DiskPlan, DiskState, ReadMode, Settings, SnapshotAccess};
+pub use bitmap::Chain;
+pub use discard::DiscardPlanner;
+pub use error::{Error, ErrorKind, Result};
+pub use freeze::Freeze;
+pub use inspect::{Disk, Machine};
+pub use listener::private_directory;
+pub use pause::Instant;
+pub use recover::LeftOvers;

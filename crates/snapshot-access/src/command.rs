@@ -1,0 +1,166 @@
+//! Every command that is sent to a VM's monitor, in one place: a monitor can do anything to its VM, so what this
+//! project does to it should be readable on one page.
+
+use crate::names::LISTENER;
+use serde_json::{Value, json};
+use stillpoint_model::{BitmapName, Granularity, NodeName};
+use stillpoint_qmp::Command;
+
+pub(crate) fn query_status() -> Command {
+    Command::new("query-status")
+}
+
+pub(crate) fn query_name() -> Command {
+    Command::new("query-name")
+}
+
+pub(crate) fn query_block() -> Command {
+    Command::new("query-block")
+}
+
+/// Without `flat` QEMU repeats all backing files inside each node; with a long chain that is megabytes.
+pub(crate) fn query_nodes() -> Command {
+    Command::with("query-named-block-nodes", json!({"flat": true}))
+}
+
+pub(crate) fn query_exports() -> Command {
+    Command::new("query-block-exports")
+}
+
+pub(crate) fn query_jobs() -> Command {
+    Command::new("query-block-jobs")
+}
+
+pub(crate) fn query_migrate() -> Command {
+    Command::new("query-migrate")
+}
+
+pub(crate) fn query_fd_sets() -> Command {
+    Command::new("query-fdsets")
+}
+
+pub(crate) fn query_iothreads() -> Command {
+    Command::new("query-iothreads")
+}
+
+/// Parent and child nodes. It is marked unstable, but has been there unchanged since QEMU 4.0, and is the only way to
+/// learn below 10.1 which node a filter stands on.
+pub(crate) fn query_graph() -> Command {
+    Command::new("x-debug-query-block-graph")
+}
+
+pub(crate) fn qom_get(path: &str, property: &str) -> Command {
+    Command::with("qom-get", json!({"path": path, "property": property}))
+}
+
+/// Points the front end at another node; its `BlockBackend`, and with it throttling and error policy, stays.
+pub(crate) fn set_drive(front_end: &str, node: &NodeName) -> Command {
+    Command::with("qom-set", json!({"path": front_end, "property": "drive", "value": node}))
+}
+
+pub(crate) fn stop() -> Command {
+    Command::new("stop")
+}
+
+pub(crate) fn cont() -> Command {
+    Command::new("cont")
+}
+
+/// To be sent with the descriptor.
+pub(crate) fn add_fd(opaque: &str) -> Command {
+    Command::with("add-fd", json!({"opaque": opaque}))
+}
+
+pub(crate) fn remove_fd(set: u64) -> Command {
+    Command::with("remove-fd", json!({"fdset-id": set}))
+}
+
+/// To be sent with the descriptor.
+pub(crate) fn get_listener() -> Command {
+    Command::with("getfd", json!({"fdname": LISTENER}))
+}
+
+pub(crate) fn close_listener() -> Command {
+    Command::with("closefd", json!({"fdname": LISTENER}))
+}
+
+/// The clients are ours alone: one for the map and one for the data of each disk, and some to spare.
+pub(crate) fn start_server(disks: usize) -> Command {
+    let address = json!({"type": "fd", "data": {"str": LISTENER}});
+    Command::with("nbd-server-start", json!({"addr": address, "max-connections": disks.saturating_mul(2).saturating_add(2)}))
+}
+
+pub(crate) fn stop_server() -> Command {
+    Command::new("nbd-server-stop")
+}
+
+/// A raw image behind a descriptor; `discard` lets space go back to the file system as the backup proceeds.
+pub(crate) fn add_fleecing(node: &NodeName, set: u64) -> Command {
+    let file = json!({"driver": "file", "filename": format!("/dev/fdset/{set}"), "locking": "off", "discard": "unmap"});
+    Command::with("blockdev-add", json!({"driver": "raw", "node-name": node, "discard": "unmap", "file": file}))
+}
+
+/// The filter, with what keeps the guest out of harm's way (I5): the defaults would turn a full or slow fleecing image
+/// into an I/O error of the guest.
+pub(crate) fn add_filter(node: &NodeName, disk: &NodeName, fleecing: &NodeName, timeout_seconds: u32) -> Command {
+    Command::with(
+        "blockdev-add",
+        json!({
+            "driver": "copy-before-write",
+            "node-name": node,
+            "file": disk,
+            "target": fleecing,
+            "on-cbw-error": "break-snapshot",
+            "cbw-timeout": timeout_seconds,
+        }),
+    )
+}
+
+pub(crate) fn add_access(node: &NodeName, filter: &NodeName) -> Command {
+    Command::with("blockdev-add", json!({"driver": "snapshot-access", "node-name": node, "file": filter, "discard": "unmap"}))
+}
+
+pub(crate) fn delete_node(node: &str) -> Command {
+    Command::with("blockdev-del", json!({"node-name": node}))
+}
+
+/// Writable, since a read-only export takes no discards either; who may connect is settled by the socket's directory.
+pub(crate) fn add_export(id: &str, node: &NodeName, bitmap: Option<(&NodeName, &str)>) -> Command {
+    let mut export = json!({"type": "nbd", "id": id, "name": id, "node-name": node, "writable": true});
+    if let (Some((node, name)), Some(export)) = (bitmap, export.as_object_mut()) {
+        export.insert("bitmaps".into(), json!([{"node": node, "name": name}]));
+    }
+    Command::with("block-export-add", export)
+}
+
+pub(crate) fn delete_export(id: &str) -> Command {
+    Command::with("block-export-del", json!({"id": id, "mode": "hard"}))
+}
+
+pub(crate) fn add_bitmap(node: &NodeName, name: &BitmapName, granularity: Granularity, persistent: bool) -> Value {
+    action("block-dirty-bitmap-add", json!({"node": node, "name": name, "granularity": granularity, "persistent": persistent}))
+}
+
+/// A bitmap that records nothing by itself.
+pub(crate) fn add_read_bitmap(node: &NodeName, granularity: Granularity) -> Value {
+    let data = json!({"node": node, "name": crate::names::READ_BITMAP, "granularity": granularity, "disabled": true});
+    action("block-dirty-bitmap-add", data)
+}
+
+pub(crate) fn merge_into_read_bitmap(node: &NodeName, source: &BitmapName) -> Value {
+    let data = json!({"node": node, "target": crate::names::READ_BITMAP, "bitmaps": [source]});
+    action("block-dirty-bitmap-merge", data)
+}
+
+fn action(kind: &str, data: Value) -> Value {
+    json!({"type": kind, "data": data})
+}
+
+/// All of them or none.
+pub(crate) fn transaction(actions: &[Value]) -> Command {
+    Command::with("transaction", json!({"actions": actions}))
+}
+
+pub(crate) fn remove_bitmap(node: &str, name: &str) -> Command {
+    Command::with("block-dirty-bitmap-remove", json!({"node": node, "name": name}))
+}

@@ -1,0 +1,340 @@
+//! What there is: the machine's version and state, its disks, and the bitmaps on them. Reads only.
+
+use crate::{
+    command,
+    error::{Error, ErrorKind, Result},
+    names,
+};
+use serde::Deserialize;
+use serde_json::Value;
+use std::path::PathBuf;
+use stillpoint_model::{BitmapName, DiskName, Generation, Granularity, Length, NodeName, TargetId};
+use stillpoint_qmp::{Command, Qmp, Version};
+
+/// The first QEMU whose copy-before-write filter can let go of a snapshot instead of failing the guest.
+const OLDEST_QEMU: (u32, u32, u32) = (7, 1, 0);
+/// Below this an NBD export of a node in an iothread aborts QEMU (fixed in 8.2.1 and 9.0).
+const IOTHREADS_FROM: (u32, u32, u32) = (8, 2, 1);
+
+/// A running VM, as it was when it was looked at.
+#[derive(Debug)]
+pub struct Machine {
+    /// Version of QEMU.
+    pub qemu: Version,
+    /// The name it was given (`-name`), if any.
+    pub name: Option<String>,
+    /// Whether its virtual CPUs run.
+    pub running: bool,
+    /// QEMU's word for its state (`running`, `paused`, `shutdown`, ...).
+    pub status: String,
+    /// Its disks, in QEMU's order. Removable media are not disks.
+    pub disks: Vec<Disk>,
+    /// Disks in the way of a backup unless they are excluded, and why.
+    pub obstacles: Vec<(DiskName, String)>,
+}
+
+/// One disk of a running VM.
+#[derive(Debug, Clone)]
+pub struct Disk {
+    /// Named by its front end's qdev id.
+    pub name: DiskName,
+    /// QOM path of the front end, whose property `drive` is the node.
+    pub(crate) front_end: String,
+    /// The node that the front end reads and writes.
+    pub(crate) node: NodeName,
+    /// Size in bytes as the guest sees it.
+    pub size: Length,
+    /// Driver of the node (`qcow2`, `raw`, ...).
+    pub format: String,
+    /// The image's file, as QEMU tells it; for flushing its caches and for messages.
+    pub image: Option<PathBuf>,
+    /// Whether the image can hold a bitmap across QEMU's end.
+    pub(crate) keeps_bitmaps: bool,
+    /// The bitmaps of ours on it.
+    pub(crate) bitmaps: Vec<ChainBitmap>,
+}
+
+/// A bitmap of ours, whatever its state.
+#[derive(Debug, Clone)]
+pub(crate) struct ChainBitmap {
+    pub(crate) name: BitmapName,
+    pub(crate) target: TargetId,
+    pub(crate) generation: Generation,
+    pub(crate) granularity: Granularity,
+    /// Why it cannot be relied on, if so.
+    pub(crate) fault: Option<&'static str>,
+}
+
+impl Disk {
+    /// Bitmaps that record all changes since a point in `target`, with that point and their granularity.
+    pub fn usable_bitmaps(&self, target: &TargetId) -> impl Iterator<Item = (&Generation, Granularity)> {
+        let of_target = self.bitmaps.iter().filter(move |bitmap| bitmap.target == *target);
+        of_target.filter(|bitmap| bitmap.fault.is_none()).map(|bitmap| (&bitmap.generation, bitmap.granularity))
+    }
+
+    /// Why a bitmap that is there for `target` cannot be relied on, if there is such a one.
+    pub fn bitmap_fault(&self, target: &TargetId) -> Option<&'static str> {
+        self.bitmaps.iter().filter(|bitmap| bitmap.target == *target).find_map(|bitmap| bitmap.fault)
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Block {
+    #[serde(default)]
+    device: String,
+    qdev: Option<String>,
+    #[serde(default)]
+    removable: bool,
+    inserted: Option<Inserted>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Inserted {
+    node_name: Option<NodeName>,
+    drv: String,
+    #[serde(default)]
+    file: String,
+    #[serde(default)]
+    ro: bool,
+    image: Image,
+    #[serde(default)]
+    dirty_bitmaps: Vec<Bitmap>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Image {
+    virtual_size: Length,
+    format_specific: Option<Value>,
+}
+
+#[derive(Deserialize)]
+struct Bitmap {
+    name: Option<String>,
+    granularity: u64,
+    #[serde(default)]
+    recording: bool,
+    #[serde(default)]
+    busy: bool,
+    #[serde(default)]
+    inconsistent: bool,
+}
+
+#[derive(Deserialize)]
+struct Status {
+    running: bool,
+    status: String,
+}
+
+impl Machine {
+    /// Looks at the VM.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] if nothing of this VM can be backed up safely as it is now; the message says why.
+    /// A single disk in the way is an obstacle, not an error, since it may be excluded.
+    pub async fn inspect(qmp: &Qmp) -> Result<Self> {
+        let qemu = qmp.version().clone();
+        if qemu.number() < OLDEST_QEMU {
+            return Err(refused(format!(
+                "QEMU {qemu} is too old: 7.1 is the first that can drop a snapshot instead of failing the guest's writes"
+            )));
+        }
+        let status: Status = ask(qmp, command::query_status()).await?;
+        let name = qmp.execute(command::query_name()).await.ok();
+        let name = name.and_then(|reply| Some(reply.get("name")?.as_str()?.to_owned()));
+        let mut machine = Self {
+            qemu,
+            name,
+            running: status.running,
+            status: status.status,
+            disks: Vec::new(),
+            obstacles: Vec::new(),
+        };
+        machine.refuse_what_others_do(qmp).await?;
+        let blocks: Vec<Block> = ask(qmp, command::query_block()).await?;
+        for block in blocks {
+            machine.add(block)?;
+        }
+        if machine.qemu.number() < IOTHREADS_FROM {
+            machine.find_iothreads(qmp).await?;
+        }
+        Ok(machine)
+    }
+
+    async fn refuse_what_others_do(&self, qmp: &Qmp) -> Result<()> {
+        let migration: Value = ask(qmp, command::query_migrate()).await?;
+        let state = migration.get("status").and_then(Value::as_str).unwrap_or("none");
+        if !matches!(state, "none" | "completed" | "failed" | "cancelled") {
+            return Err(refused(format!("a migration of this VM is under way (status {state}); try again when it has ended")));
+        }
+        if matches!(self.status.as_str(), "inmigrate" | "postmigrate" | "finish-migrate") {
+            return Err(refused(format!("this VM is being migrated (state {})", self.status)));
+        }
+        let jobs: Vec<Value> = ask(qmp, command::query_jobs()).await?;
+        if let Some(job) = jobs.first() {
+            let text = |key| job.get(key).and_then(Value::as_str).unwrap_or("?").escape_debug().to_string();
+            return Err(refused(format!(
+                "a block job ({}) works on disk {}; a backup would change the block graph under it. Try again when it has ended",
+                text("type"),
+                text("device")
+            )));
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, block: Block) -> Result<()> {
+        // Without a front end the guest cannot write it: UEFI variables and the like.
+        let Some(qdev) = block.qdev.filter(|_| !block.removable) else { return Ok(()) };
+        let name = disk_name(&qdev, &block.device)?;
+        let front_end = if qdev.starts_with('/') { qdev } else { format!("/machine/peripheral/{qdev}") };
+        let Some(inserted) = block.inserted else {
+            self.obstacles.push((name, "its front end has no drive".into()));
+            return Ok(());
+        };
+        let Some(node) = inserted.node_name else {
+            self.obstacles.push((name, "QEMU tells no node name for it".into()));
+            return Ok(());
+        };
+        let mut bitmaps = Vec::new();
+        for bitmap in inserted.dirty_bitmaps {
+            bitmaps.extend(chain_bitmap(bitmap)?);
+        }
+        if inserted.ro {
+            self.obstacles.push((name.clone(), "it is read-only".into()));
+        }
+        let keeps_bitmaps = inserted.drv == "qcow2"
+            && inserted.image.format_specific.as_ref().and_then(|specific| specific.pointer("/data/compat"))
+                != Some(&Value::from("0.10"));
+        if self.disks.iter().any(|disk| disk.name == name) {
+            return Err(refused(format!("two disks are called {name}; give their front ends ids of their own")));
+        }
+        self.disks.push(Disk {
+            name,
+            front_end,
+            node,
+            size: inserted.image.virtual_size,
+            format: inserted.drv,
+            image: (inserted.file.starts_with('/')).then(|| PathBuf::from(inserted.file)),
+            keeps_bitmaps,
+            bitmaps,
+        });
+        Ok(())
+    }
+
+    async fn find_iothreads(&mut self, qmp: &Qmp) -> Result<()> {
+        let threads: Vec<Value> = ask(qmp, command::query_iothreads()).await?;
+        if threads.is_empty() {
+            return Ok(());
+        }
+        for disk in &self.disks {
+            if uses_iothread(qmp, &disk.front_end).await? {
+                let why = format!(
+                    "it has an iothread, and QEMU {} aborts when such a disk is exported (fixed in 8.2.1)",
+                    self.qemu
+                );
+                self.obstacles.push((disk.name.clone(), why));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether the device itself, or the controller that its bus belongs to, has an iothread.
+async fn uses_iothread(qmp: &Qmp, front_end: &str) -> Result<bool> {
+    let mut start = vec![front_end.to_owned()];
+    if let Ok(Value::String(bus)) = qmp.execute(command::qom_get(front_end, "parent_bus")).await {
+        start.push(bus);
+    }
+    for path in start {
+        let mut path = path.as_str();
+        while !path.is_empty() && path != "/machine" {
+            match qmp.execute(command::qom_get(path, "iothread")).await {
+                Ok(Value::String(thread)) if !thread.is_empty() => return Ok(true),
+                Ok(_) => {}
+                // Most objects have no such property.
+                Err(error) if error.class().is_some() => {}
+                Err(error) => return Err(qmp_error("look for iothreads", error)),
+            }
+            path = path.rsplit_once('/').map_or("", |(parent, _)| parent);
+        }
+    }
+    Ok(false)
+}
+
+fn chain_bitmap(bitmap: Bitmap) -> Result<Option<ChainBitmap>> {
+    let Some(name) = bitmap.name else { return Ok(None) };
+    let Some((target, generation)) = names::parse_chain_bitmap(&name) else { return Ok(None) };
+    let fault = if bitmap.inconsistent {
+        Some("its bitmap is inconsistent: QEMU did not end cleanly")
+    } else if bitmap.busy {
+        Some("its bitmap is in use by something else")
+    } else if !bitmap.recording {
+        // It may have missed writes while it was off, and nothing tells since when.
+        Some("its bitmap was disabled by someone else")
+    } else {
+        None
+    };
+    let wrong = |error: Box<dyn std::error::Error + Send + Sync>| {
+        Error::new(ErrorKind::Inconsistent, "QEMU describes a dirty bitmap that cannot be").because(error)
+    };
+    Ok(Some(ChainBitmap {
+        name: name.parse().map_err(|error: stillpoint_model::NameError| wrong(error.into()))?,
+        target,
+        generation,
+        granularity: Granularity::try_from(bitmap.granularity).map_err(|error| wrong(error.into()))?,
+        fault,
+    }))
+}
+
+/// The front end's id: `/machine/peripheral/ID/...` or the bare id. A front end without an id is named by its drive,
+/// which a legacy `-drive` always has.
+fn disk_name(qdev: &str, device: &str) -> Result<DiskName> {
+    let id = match qdev.strip_prefix("/machine/peripheral/") {
+        Some(rest) => rest.split('/').next().unwrap_or(rest),
+        None if !qdev.starts_with('/') => qdev,
+        None if !device.is_empty() => device,
+        None => {
+            return Err(refused(format!(
+                "the disk at {} has no id; give its -device an id, which becomes the disk's name",
+                qdev.escape_debug()
+            )));
+        }
+    };
+    id.parse().map_err(|error| {
+        refused("a disk's id cannot be used as its name; give its -device another id").because(error)
+    })
+}
+
+pub(crate) fn refused(why: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Refused, why)
+}
+
+pub(crate) fn qmp_error(doing: &str, error: stillpoint_qmp::Error) -> Error {
+    Error::new(ErrorKind::Qmp, format!("{doing}")).because(error)
+}
+
+/// Asks and takes the reply apart.
+pub(crate) async fn ask<T: serde::de::DeserializeOwned>(qmp: &Qmp, command: Command) -> Result<T> {
+    let what = command.name();
+    let reply = qmp.execute(command).await.map_err(|error| qmp_error(&format!("ask QEMU ({what})"), error))?;
+    serde_json::from_value(reply)
+        .map_err(|error| Error::new(ErrorKind::Inconsistent, format!("QEMU's reply to {what} is not of the known form")).because(error))
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn a_disk_is_named_by_its_front_ends_id() {
+        let name = |qdev, device| disk_name(qdev, device).map(String::from);
+        assert_eq!(name("/machine/peripheral/vda/virtio-backend", "").unwrap(), "vda");
+        assert_eq!(name("sd0", "").unwrap(), "sd0");
+        assert_eq!(name("/machine/peripheral-anon/device[3]/virtio-backend", "virtio0").unwrap(), "virtio0");
+        assert!(name("/machine/peripheral-anon/device[3]", "").is_err());
+        assert!(name("/machine/peripheral/..", "").is_err());
+        assert!(name("\u{1b}[2J", "").unwrap_err().to_string().chars().all(|c| !c.is_control()));
+    }
+}

@@ -1,0 +1,87 @@
+//! What is ours inside QEMU, told by its name (I6).
+//!
+//! ```text
+//!  stillpoint-fleece-0    node       fleecing image of disk 0
+//!  stillpoint-filter-0    node       copy-before-write filter of disk 0
+//!  stillpoint-access-0    node       snapshot access of disk 0
+//!  stillpoint-export-0    export     NBD export of the latter
+//!  stillpoint-fd-0        fd set     (its `opaque`)
+//!  stillpoint-listener    descriptor (named by `getfd`)
+//!  stillpoint-read        bitmap     what this run reads of a disk, frozen; never stored
+//!  stillpoint.TARGET.POINT  bitmap   what changed since POINT was kept in TARGET
+//! ```
+
+use stillpoint_model::{BitmapName, Generation, NameError, NodeName, TargetId};
+
+/// Every node, export and descriptor of ours begins so, and no bitmap that outlives a run does.
+pub(crate) const PREFIX: &str = "stillpoint-";
+/// The chain's bitmaps begin so.
+pub(crate) const CHAIN_PREFIX: &str = "stillpoint.";
+/// Name of the listener's descriptor in the monitor.
+pub(crate) const LISTENER: &str = "stillpoint-listener";
+/// The frozen copy of a bitmap that one run reads by.
+pub(crate) const READ_BITMAP: &str = "stillpoint-read";
+
+/// The nodes of one disk.
+#[derive(Debug, Clone)]
+pub(crate) struct Names {
+    pub(crate) fleecing: NodeName,
+    pub(crate) filter: NodeName,
+    pub(crate) access: NodeName,
+    pub(crate) export: String,
+    pub(crate) fd_set: String,
+}
+
+impl Names {
+    pub(crate) fn new(disk: usize) -> Result<Self, NameError> {
+        let node = |role: &str| format!("{PREFIX}{role}-{disk}").parse();
+        Ok(Self {
+            fleecing: node("fleece")?,
+            filter: node("filter")?,
+            access: node("access")?,
+            export: format!("{PREFIX}export-{disk}"),
+            fd_set: format!("{PREFIX}fd-{disk}"),
+        })
+    }
+}
+
+/// Whether a node, export or fd set of this name is one of ours.
+pub(crate) fn is_ours(name: &str) -> bool {
+    name.starts_with(PREFIX)
+}
+
+/// The bitmap that records what changes after `generation` was kept in `target`.
+pub(crate) fn chain_bitmap(target: &TargetId, generation: &Generation) -> Result<BitmapName, NameError> {
+    format!("{CHAIN_PREFIX}{target}.{generation}").parse()
+}
+
+/// Target and generation of a bitmap of ours; `None` for anybody else's.
+pub(crate) fn parse_chain_bitmap(name: &str) -> Option<(TargetId, Generation)> {
+    let (target, generation) = name.strip_prefix(CHAIN_PREFIX)?.split_once('.')?;
+    Some((target.parse().ok()?, generation.parse().ok()?))
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn a_chain_bitmap_tells_its_target_and_generation() {
+        let target: TargetId = "0badcafe".parse().unwrap();
+        let generation: Generation = "20261123T162855Z-00000001".parse().unwrap();
+        let name = chain_bitmap(&target, &generation).unwrap();
+        assert_eq!(parse_chain_bitmap(name.as_str()), Some((target, generation)));
+    }
+
+    #[test]
+    fn a_foreign_bitmap_is_never_taken_for_ours() {
+        for foreign in ["", "bitmap0", "stillpoint", "stillpoint-read", "stillpoint.x.y", "stillpoint.0badcafe", "stillpoint.0badcafe.latest"] {
+            assert_eq!(parse_chain_bitmap(foreign), None, "{foreign}");
+        }
+    }
+
+    #[test]
+    fn the_thousandth_disk_still_has_names_that_qemu_takes() {
+        assert!(Names::new(999).is_ok());
+    }
+}
