@@ -1,1 +1,33 @@
-fn main() {}
+//! The program: reads the command line, runs the command, tells what came of it.
+
+use clap::Parser as _;
+use std::process::ExitCode;
+use stillpoint::{Cli, Exit, run};
+use tracing_subscriber::{EnvFilter, fmt};
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are no errors; a wrong command line is status 2, as everywhere.
+            let _ = error.print();
+            return if error.use_stderr() { Exit::Usage.into() } else { Exit::Done.into() };
+        }
+    };
+    let level = match cli.verbose {
+        0 => "warn",
+        1 => "stillpoint=info,warn",
+        2 => "debug",
+        _ => "trace",
+    };
+    let filter = EnvFilter::try_from_env("STILLPOINT_LOG").unwrap_or_else(|_| EnvFilter::new(level));
+    fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).without_time().init();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: cannot start: {error}");
+            return Exit::Failed.into();
+        }
+    };
+    runtime.block_on(run(cli)).into()
+}

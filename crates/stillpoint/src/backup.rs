@@ -1,0 +1,452 @@
+//! The job: one point of one VM, from lock to summary.
+
+use crate::{
+    config::Vm,
+    failure::{Exit, Failure, Guest},
+    interrupt::Interrupt,
+    lock::VmLock,
+    progress::BackupProgress,
+    runtime,
+    summary::{DiskSummary, Summary},
+    vm,
+};
+use std::time::Instant;
+use stillpoint_model::{Granularity, Length, PointId, TargetId, VmName};
+use stillpoint_provider::{
+    Backup, BitmapMode, ConfigFile, ConfigRole, Consistency, DiskOffer, DiskRecord, ErrorKind as ProviderErrorKind,
+    Incremental, OfferedBitmap, PointRecord, Provider, VolumeReport,
+};
+use stillpoint_qmp::Qmp;
+use stillpoint_snapshot_access::{
+    Chain, Disk, DiskPlan, ErrorKind as AccessErrorKind, Machine, ReadMode, Settings, SnapshotAccess,
+};
+
+/// QEMU gives up a snapshot, never a guest's write, after this long. Windows' virtio drivers time out at 60 s.
+const CBW_TIMEOUT_SECONDS: u32 = 45;
+/// Configuration files are small; a wrong path must not fill memory.
+const CONFIG_FILE_MOST: u64 = 16 << 20;
+
+/// One backup to make.
+pub(crate) struct Job<'a> {
+    /// The VM's name in the target; `None` takes the name that QEMU was given.
+    pub name: Option<VmName>,
+    /// How to reach it.
+    pub vm: &'a Vm,
+    /// Where the point is kept.
+    pub provider: &'a dyn Provider,
+    /// Whether bitmaps are to be ignored.
+    pub full: bool,
+    /// Whether a person watches.
+    pub progress: bool,
+}
+
+impl Job<'_> {
+    /// Makes the point.
+    ///
+    /// # Errors
+    /// Whatever failed, after everything was undone (unless the exit status says otherwise).
+    pub(crate) async fn run(&self, interrupt: &Interrupt) -> Result<Summary, Failure> {
+        let _lock = VmLock::take(&runtime::directory(), &self.vm.qmp)?;
+        let qmp = vm::connect(&self.vm.qmp).await?;
+        let again = match &self.name {
+            Some(name) if self.vm_is_configured() => format!("stillpoint recover {name}"),
+            _ => format!("stillpoint recover --qmp {}", self.vm.qmp.display()),
+        };
+        vm::recover(&qmp, &again).await?;
+        let machine = Machine::inspect(&qmp).await.map_err(|error| {
+            let exit = if error.kind() == AccessErrorKind::LeftBehind { Exit::LeftBehind } else { Exit::Failed };
+            Failure::because(exit, "this VM cannot be backed up as it is", &error).guest(Guest::Untouched)
+        })?;
+        let name = self.vm_name(&machine)?;
+        let disks = self.disks(&name, &machine)?;
+        let config = self.config_files()?;
+        let target = self.provider.job_init().await;
+        let target = target.map_err(|error| provider_failure(&error, Guest::Untouched))?;
+        let run = Run { job: self, name, qmp, machine, target, recover: again };
+        let result = run.backup(disks, config, interrupt).await;
+        if let Err(error) = self.provider.job_cleanup().await {
+            tracing::warn!(error = crate::failure::chain(&error), "the provider's clean-up failed");
+        }
+        result
+    }
+
+    fn vm_is_configured(&self) -> bool {
+        !self.vm.config.is_empty() || self.vm.firewall.is_some()
+    }
+
+    fn vm_name(&self, machine: &Machine) -> Result<VmName, Failure> {
+        if let Some(name) = &self.name {
+            return Ok(name.clone());
+        }
+        let hint = format!("stillpoint backup NAME --qmp {} ...", self.vm.qmp.display());
+        let Some(name) = &machine.name else {
+            return Err(Failure::usage("QEMU has no name for this VM (-name)").guest(Guest::Untouched).next(hint));
+        };
+        name.parse().map_err(|error| {
+            Failure::because(Exit::Usage, "QEMU's name for this VM cannot name its points", &error).guest(Guest::Untouched).next(hint)
+        })
+    }
+
+    /// The disks to back up. A disk that is in the way has to be excluded by name: leaving one out unsaid would be
+    /// found out at the restore.
+    fn disks(&self, name: &VmName, machine: &Machine) -> Result<Vec<Disk>, Failure> {
+        let excluded = |disk: &stillpoint_model::DiskName| self.vm.exclude.contains(disk);
+        for unknown in &self.vm.exclude {
+            let known = machine.disks.iter().any(|disk| disk.name == *unknown)
+                || machine.obstacles.iter().any(|(disk, _)| disk == unknown);
+            if !known {
+                return Err(Failure::usage(format!("VM {name} has no disk {unknown} to exclude")).guest(Guest::Untouched));
+            }
+        }
+        if let Some((disk, why)) = machine.obstacles.iter().find(|(disk, _)| !excluded(disk)) {
+            return Err(Failure::new(Exit::Failed, format!("disk {disk} of VM {name} cannot be backed up: {why}"))
+                .guest(Guest::Untouched)
+                .next(format!("change that, or leave the disk out: exclude = [\"{disk}\"] under [vm.{name}]")));
+        }
+        Ok(machine.disks.iter().filter(|disk| !excluded(&disk.name)).cloned().collect())
+    }
+
+    fn config_files(&self) -> Result<Vec<ConfigFile>, Failure> {
+        let guest = self.vm.config.iter().map(|path| (path, ConfigRole::Guest));
+        let firewall = self.vm.firewall.iter().map(|path| (path, ConfigRole::Firewall));
+        let mut files: Vec<ConfigFile> = Vec::new();
+        for (path, role) in guest.chain(firewall) {
+            let failed = |error: &dyn std::error::Error| {
+                Failure::because(Exit::Failed, format!("cannot read {}", path.display()), error).guest(Guest::Untouched)
+            };
+            let size = std::fs::metadata(path).map_err(|error| failed(&error))?.len();
+            if size > CONFIG_FILE_MOST {
+                return Err(Failure::usage(format!("{} has {size} bytes; that is no configuration file", path.display()))
+                    .guest(Guest::Untouched));
+            }
+            let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            let name: stillpoint_model::DiskName = name.parse().map_err(|error: stillpoint_model::NameError| failed(&error))?;
+            if files.iter().any(|file| file.name == name) {
+                return Err(Failure::usage(format!("two configuration files are called {name}")).guest(Guest::Untouched));
+            }
+            files.push(ConfigFile { name, role, content: std::fs::read(path).map_err(|error| failed(&error))? });
+        }
+        Ok(files)
+    }
+}
+
+/// One disk with its fate decided.
+struct Decided {
+    plan: DiskPlan,
+    reason: String,
+}
+
+struct Run<'a> {
+    job: &'a Job<'a>,
+    name: VmName,
+    qmp: Qmp,
+    machine: Machine,
+    target: TargetId,
+    recover: String,
+}
+
+impl Run<'_> {
+    async fn backup(&self, disks: Vec<Disk>, config: Vec<ConfigFile>, interrupt: &Interrupt) -> Result<Summary, Failure> {
+        let started = Instant::now();
+        let point = new_point().map_err(|error| {
+            Failure::because(Exit::Failed, "the kernel gives no random number", &error).guest(Guest::Untouched)
+        })?;
+        let backup = self.job.provider.backup_init(&self.name, &point).await;
+        let mut backup = backup.map_err(|error| provider_failure(&error, Guest::Untouched))?;
+        let made = self.make(backup.as_mut(), &point, disks, &config, interrupt).await;
+        if let Err(error) = backup.backup_cleanup().await {
+            tracing::warn!(error = crate::failure::chain(&error), "the target was not cleaned up");
+        }
+        made.map(|mut summary| {
+            summary.duration_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+            summary
+        })
+    }
+
+    async fn make(
+        &self,
+        backup: &mut dyn Backup,
+        point: &PointId,
+        disks: Vec<Disk>,
+        config: &[ConfigFile],
+        interrupt: &Interrupt,
+    ) -> Result<Summary, Failure> {
+        let decided = self.decide(backup, disks).await?;
+        if decided.is_empty() {
+            return self.configuration_only(backup, point, config).await;
+        }
+        if interrupt.is_set() {
+            return Err(interrupted(Guest::Untouched));
+        }
+        let settings = Settings {
+            target: self.target.clone(),
+            point: point.clone(),
+            fleecing_directory: self.job.vm.fleecing.directory.clone(),
+            fleecing_budget: self.job.vm.fleecing.budget,
+            runtime_directory: runtime::directory(),
+            cbw_timeout_seconds: CBW_TIMEOUT_SECONDS,
+            agent: self.job.vm.agent.clone(),
+        };
+        let plan = decided.iter().map(|disk| disk.plan.clone()).collect();
+        let taken = SnapshotAccess::take(self.qmp.clone(), &self.machine, plan, settings).await;
+        let mut access = taken.map_err(|error| self.access_failure(&error))?;
+
+        let read = self.read(backup, &mut access, config, interrupt).await;
+        let record = self.record(point, &decided, Some(&access));
+        let states = access.disks();
+        let freeze = access.freeze();
+        let freeze_time = freeze.duration;
+        let still_frozen = freeze.still_frozen.clone();
+        let (chain, torn_down) = access.tear_down().await;
+        let reports = match read {
+            Ok(reports) => reports,
+            Err(failure) => {
+                let rolled_back = chain.roll_back().await.err();
+                return Err(self.cleaned(failure, rolled_back.or(torn_down.err())));
+            }
+        };
+        self.commit(backup, &record, chain).await?;
+
+        let mut warnings = Vec::new();
+        let mut exit = Exit::Done;
+        let peak = torn_down.unwrap_or_else(|error| {
+            exit = Exit::LeftBehind;
+            warnings.push(format!("the point is good, but {}; type: {}", crate::failure::chain(&error), self.recover));
+            Length::ZERO
+        });
+        if let Some(frozen) = still_frozen {
+            exit = Exit::LeftBehind;
+            warnings.push(format!("{frozen}; log in to the guest and type: fsfreeze --unfreeze / (for each file system)"));
+        }
+        let disks = decided.iter().zip(&states).zip(&reports).zip(&record.disks);
+        let disks = disks.map(|(((_, state), report), record)| DiskSummary {
+            name: record.name.clone(),
+            size: record.size,
+            bitmap_mode: record.bitmap_mode,
+            reason: record.reason.clone(),
+            dirty_bytes: state.dirty,
+            read_bytes: state.read,
+            stored_bytes: report.stored,
+        });
+        Ok(Summary {
+            exit,
+            warnings,
+            freeze_ms: crate::text::milliseconds(freeze_time),
+            fleecing_peak_bytes: peak,
+            disks: disks.collect(),
+            provider: self.job.provider.name(),
+            record,
+            duration_ms: 0,
+        })
+    }
+
+    /// Asks the provider, and turns its answers into a plan.
+    async fn decide(&self, backup: &mut dyn Backup, disks: Vec<Disk>) -> Result<Vec<Decided>, Failure> {
+        let offer = |disk: &Disk| {
+            let usable = disk.usable_bitmaps(&self.target);
+            let bitmaps =
+                usable.map(|(generation, granularity)| OfferedBitmap { generation: generation.clone(), granularity });
+            DiskOffer {
+                name: disk.name.clone(),
+                size: disk.size,
+                bitmaps: if self.job.full { Vec::new() } else { bitmaps.collect() },
+            }
+        };
+        let offers: Vec<_> = disks.iter().map(offer).collect();
+        let answers = backup.backup_vm_query_incremental(&offers).await;
+        let answers = answers.map_err(|error| provider_failure(&error, Guest::Untouched))?;
+        if answers.len() != disks.len() {
+            let what = format!("{} answered for {} of {} disks", self.job.provider.name(), answers.len(), disks.len());
+            return Err(Failure::new(Exit::Failed, what).guest(Guest::Untouched));
+        }
+        let decide = |((disk, offer), answer): ((Disk, DiskOffer), Incremental)| {
+            let (mode, reason) = match answer {
+                // An answer that was not offered would make an incremental on nothing (I4).
+                Incremental::Since(generation) if offer.bitmaps.iter().any(|bitmap| bitmap.generation == generation) => {
+                    let reason = format!("changes since {generation}");
+                    (ReadMode::Since(generation), reason)
+                }
+                Incremental::Since(generation) => {
+                    (full(None), format!("the provider holds {generation}, which the disk has no bitmap for"))
+                }
+                Incremental::Full { granularity, reason } => {
+                    let reason = if self.job.full {
+                        "asked for with --full".into()
+                    } else {
+                        disk.bitmap_fault(&self.target).map_or(reason, str::to_owned)
+                    };
+                    (full(granularity), reason)
+                }
+            };
+            Decided { plan: DiskPlan { disk, mode }, reason }
+        };
+        Ok(disks.into_iter().zip(offers).zip(answers).map(decide).collect())
+    }
+
+    async fn read(
+        &self,
+        backup: &mut dyn Backup,
+        access: &mut SnapshotAccess,
+        config: &[ConfigFile],
+        interrupt: &Interrupt,
+    ) -> Result<Vec<VolumeReport>, Failure> {
+        let surveyed = access.survey().await;
+        surveyed.map_err(|error| self.access_failure(&error))?;
+        let canceller = access.canceller();
+        let mut signal = interrupt.clone();
+        let watcher = tokio::spawn(async move {
+            signal.wait().await;
+            canceller.cancel();
+        });
+        let volumes = access.volumes();
+        let result = {
+            let progress = BackupProgress::start(self.job.progress, &self.name, access);
+            let work = backup.backup_vm(config, volumes);
+            progress.watch(access, work).await
+        };
+        watcher.abort();
+        match result {
+            Ok(reports) if reports.len() == access.disks().len() => Ok(reports),
+            Ok(_) => Err(Failure::new(Exit::Failed, "the provider did not report on every disk").guest(Guest::Unharmed)),
+            Err(_) if interrupt.is_set() => Err(interrupted(Guest::Unharmed)),
+            Err(error) => Err(provider_failure(&error, Guest::Unharmed)),
+        }
+    }
+
+    /// I3: the old bitmap goes only after the provider has said that the point is durable.
+    async fn commit(&self, backup: &mut dyn Backup, record: &PointRecord, chain: Chain) -> Result<(), Failure> {
+        match backup.commit(record).await {
+            Ok(()) => {
+                if let Err(error) = chain.commit().await {
+                    tracing::warn!(error = crate::failure::chain(&error), "old bitmaps stay until the next run");
+                }
+                Ok(())
+            }
+            Err(error) if error.kind() == ProviderErrorKind::CommitUnknown => {
+                chain.keep_both();
+                Err(provider_failure(&error, Guest::Unharmed).next("run the backup again; it finds out which point is there"))
+            }
+            Err(error) => {
+                let rolled_back = chain.roll_back().await.err();
+                Err(self.cleaned(provider_failure(&error, Guest::Unharmed), rolled_back))
+            }
+        }
+    }
+
+    /// A VM without disks still has a configuration worth a point.
+    async fn configuration_only(&self, backup: &mut dyn Backup, point: &PointId, config: &[ConfigFile]) -> Result<Summary, Failure> {
+        let stored = backup.backup_vm(config, Vec::new()).await;
+        stored.map_err(|error| provider_failure(&error, Guest::Untouched))?;
+        let record = self.record(point, &[], None);
+        let committed = backup.commit(&record).await;
+        committed.map_err(|error| provider_failure(&error, Guest::Untouched))?;
+        Ok(Summary {
+            exit: Exit::Done,
+            warnings: Vec::new(),
+            freeze_ms: 0.0,
+            fleecing_peak_bytes: Length::ZERO,
+            disks: Vec::new(),
+            provider: self.job.provider.name(),
+            record,
+            duration_ms: 0,
+        })
+    }
+
+    fn record(&self, point: &PointId, decided: &[Decided], access: Option<&SnapshotAccess>) -> PointRecord {
+        let (consistency, consistency_reason) = access.map_or_else(
+            || (Consistency::CrashConsistent, "the VM has no disk".to_owned()),
+            SnapshotAccess::consistency,
+        );
+        let time = access.map_or_else(std::time::SystemTime::now, |access| access.instant().time);
+        let time = jiff::Timestamp::try_from(time).unwrap_or_default();
+        let disk = |decided: &Decided| {
+            let disk = &decided.plan.disk;
+            let (bitmap_mode, base, granularity) = match &decided.plan.mode {
+                ReadMode::Full { granularity } => (BitmapMode::New, None, *granularity),
+                ReadMode::Since(generation) => {
+                    let usable = disk.usable_bitmaps(&self.target).find(|(found, _)| *found == generation);
+                    let granularity = usable.map_or(Granularity::DEFAULT, |(_, granularity)| granularity);
+                    (BitmapMode::Reuse, Some(generation.clone()), granularity)
+                }
+            };
+            DiskRecord {
+                name: disk.name.clone(),
+                size: disk.size,
+                format: disk.format.clone(),
+                bitmap_mode,
+                base,
+                reason: decided.reason.clone(),
+                granularity: Some(granularity),
+            }
+        };
+        PointRecord {
+            vm: self.name.clone(),
+            id: point.clone(),
+            time: time.strftime("%Y-%m-%dT%H:%M:%S%.3fZ").to_string(),
+            consistency,
+            consistency_reason,
+            pause_ms: access.map_or(0.0, |access| crate::text::milliseconds(access.instant().pause)),
+            qemu_version: self.machine.qemu.to_string(),
+            stillpoint_version: env!("CARGO_PKG_VERSION").to_owned(),
+            disks: decided.iter().map(disk).collect(),
+        }
+    }
+
+    fn access_failure(&self, error: &stillpoint_snapshot_access::Error) -> Failure {
+        if error.kind() == AccessErrorKind::LeftBehind {
+            return Failure::because(Exit::LeftBehind, "no point was made", error)
+                .guest(Guest::LeftBehind)
+                .next(self.recover.clone());
+        }
+        let failure = Failure::because(Exit::Failed, format!("no point of VM {} was made", self.name), error);
+        failure.guest(if error.kind() == AccessErrorKind::Refused { Guest::Untouched } else { Guest::Unharmed })
+    }
+
+    /// The failure itself, unless cleaning up after it failed too.
+    fn cleaned(&self, failure: Failure, left: Option<stillpoint_snapshot_access::Error>) -> Failure {
+        match left {
+            None => failure,
+            Some(error) => {
+                let what = format!("{}; and {}", failure.what(), crate::failure::chain(&error));
+                Failure::new(Exit::LeftBehind, what).guest(Guest::LeftBehind).next(self.recover.clone())
+            }
+        }
+    }
+}
+
+fn full(granularity: Option<Granularity>) -> ReadMode {
+    ReadMode::Full { granularity: granularity.unwrap_or(Granularity::DEFAULT) }
+}
+
+fn interrupted(guest: Guest) -> Failure {
+    Failure::new(Exit::Interrupted, "interrupted by a signal; no point was made").guest(guest)
+}
+
+fn new_point() -> Result<PointId, rustix::io::Errno> {
+    let mut random = [0u8; 4];
+    rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
+    Ok(PointId::new(jiff::Timestamp::now(), u32::from_ne_bytes(random)))
+}
+
+/// The words for what a provider says.
+pub(crate) fn provider_failure(error: &stillpoint_provider::Error, guest: Guest) -> Failure {
+    let exit = match error.kind() {
+        ProviderErrorKind::Locked => Exit::Locked,
+        ProviderErrorKind::Cancelled => Exit::Interrupted,
+        _ => Exit::Failed,
+    };
+    let failure = Failure::new(exit, crate::failure::chain(error));
+    let failure = match guest {
+        Guest::NotConcerned => failure,
+        guest => failure.guest(guest),
+    };
+    match error.kind() {
+        ProviderErrorKind::TargetMissing => failure.next("check the path, or mount the target, then try again"),
+        ProviderErrorKind::TargetReadOnly => failure.next("mount the target for writing, or run as a user that may write there"),
+        ProviderErrorKind::TargetFull => failure.next("make room in the target, then try again"),
+        ProviderErrorKind::Locked => failure.next("wait for that run to end, then try again"),
+        ProviderErrorKind::Damaged => failure.next("stillpoint verify, to see what is damaged; stillpoint points, for points before it"),
+        ProviderErrorKind::NotFound => failure.next("stillpoint points, to see what there is"),
+        _ => failure,
+    }
+}

@@ -1,0 +1,205 @@
+//! The command line: a contract that scripts depend on.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+use stillpoint_model::{DiskName, PointId, VmName};
+
+/// Live, incremental, point-in-time backups of running QEMU/KVM virtual machines.
+///
+/// Exit status: 0 done, 1 failed and cleaned up, 2 usage or configuration, 3 something is left that `recover` must
+/// undo, 4 locked by another run, 130 interrupted.
+#[derive(Debug, Parser)]
+#[command(version, arg_required_else_help = true)]
+pub struct Cli {
+    /// Configuration file.
+    #[arg(long, global = true, value_name = "FILE", default_value = "/etc/stillpoint/stillpoint.toml")]
+    pub config: PathBuf,
+    /// Say more (-v: what is done, -vv: each step).
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make a point of each VM: all its disks at one instant.
+    Backup(Backup),
+    /// List points.
+    Points(Points),
+    /// Write the disks and configuration of a point to a directory.
+    Restore(Restore),
+    /// Read points again and compare them with what was recorded when they were made.
+    Verify(Verify),
+    /// Look whether everything is in place; each finding comes with the next command to type.
+    Doctor(Doctor),
+    /// Undo what a run that died left in a VM.
+    Recover(Recover),
+    /// Manage targets.
+    #[command(subcommand)]
+    Target(Target),
+}
+
+/// Where points are kept.
+#[derive(Debug, Clone, Args)]
+pub struct Where {
+    /// A target of the configuration file (needed only if it has several).
+    #[arg(long, value_name = "NAME", conflicts_with = "to")]
+    pub target: Option<String>,
+    /// A directory, instead of a target of the configuration file.
+    #[arg(long, value_name = "DIRECTORY")]
+    pub to: Option<PathBuf>,
+}
+
+/// `backup`.
+#[derive(Debug, Args)]
+pub struct Backup {
+    /// VMs of the configuration file; with --qmp one name of your choice, or none for the name that QEMU was given.
+    #[arg(value_name = "VM", required_unless_present_any = ["all", "qmp"])]
+    pub vms: Vec<VmName>,
+    /// All VMs of the configuration file.
+    #[arg(long, conflicts_with_all = ["vms", "qmp"])]
+    pub all: bool,
+    #[command(flatten)]
+    pub place: Where,
+    /// Monitor socket of the VM (QMP), instead of the configuration file's.
+    #[arg(long, value_name = "SOCKET")]
+    pub qmp: Option<PathBuf>,
+    /// Guest agent's socket, to freeze the guest's file systems for the instant.
+    #[arg(long, value_name = "SOCKET", requires = "qmp")]
+    pub agent: Option<PathBuf>,
+    /// Read all disks in full, whatever the bitmaps say.
+    #[arg(long)]
+    pub full: bool,
+    /// Print one JSON object a VM.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `points`.
+#[derive(Debug, Args)]
+pub struct Points {
+    /// Only this VM's.
+    pub vm: Option<VmName>,
+    #[command(flatten)]
+    pub place: Where,
+    /// Print one JSON array.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A point as it is typed: `VM/ID` or `VM/latest`.
+#[derive(Debug, Clone)]
+pub struct PointName {
+    /// The VM.
+    pub vm: VmName,
+    /// The point; `None` for the latest.
+    pub id: Option<PointId>,
+}
+
+impl std::str::FromStr for PointName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (vm, id) = text.split_once('/').ok_or("a point is typed as VM/ID or VM/latest")?;
+        let id = match id {
+            "latest" => None,
+            id => Some(id.parse().map_err(|error: stillpoint_model::NameError| error.to_string())?),
+        };
+        Ok(Self { vm: vm.parse().map_err(|error: stillpoint_model::NameError| error.to_string())?, id })
+    }
+}
+
+/// `restore`.
+#[derive(Debug, Args)]
+pub struct Restore {
+    /// The point: VM/ID or VM/latest.
+    pub point: PointName,
+    #[command(flatten)]
+    pub place: Where,
+    /// Directory to write to; it is created, and nothing in it is overwritten.
+    #[arg(long, value_name = "DIRECTORY")]
+    pub output: PathBuf,
+    /// Only this disk (may be given several times).
+    #[arg(long = "disk", value_name = "NAME")]
+    pub disks: Vec<DiskName>,
+    /// Format of the images.
+    #[arg(long, value_enum, default_value_t = Format::Raw)]
+    pub format: Format,
+}
+
+/// Format of restored images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// Sparse raw image.
+    Raw,
+    /// qcow2 without a backing file.
+    Qcow2,
+}
+
+/// `verify`.
+#[derive(Debug, Args)]
+pub struct Verify {
+    /// Points: VM/ID or VM/latest; all points if none is given.
+    pub points: Vec<PointName>,
+    #[command(flatten)]
+    pub place: Where,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `doctor`.
+#[derive(Debug, Args)]
+pub struct Doctor {
+    /// VMs of the configuration file; all if none is given.
+    pub vms: Vec<VmName>,
+    /// Monitor socket of a VM that is in no configuration file.
+    #[arg(long, value_name = "SOCKET")]
+    pub qmp: Option<PathBuf>,
+    #[command(flatten)]
+    pub place: Where,
+}
+
+/// `recover`.
+#[derive(Debug, Args)]
+pub struct Recover {
+    /// A VM of the configuration file.
+    #[arg(required_unless_present = "qmp", conflicts_with = "qmp")]
+    pub vm: Option<VmName>,
+    /// Monitor socket of the VM.
+    #[arg(long, value_name = "SOCKET")]
+    pub qmp: Option<PathBuf>,
+}
+
+/// `target`.
+#[derive(Debug, Subcommand)]
+pub enum Target {
+    /// Create the repository of a target of the configuration file (a directory target needs none).
+    Init {
+        /// The target.
+        name: String,
+    },
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_point_is_a_vm_and_an_id() {
+        assert!("web01/latest".parse::<PointName>().unwrap().id.is_none());
+        assert!("web01/20261123T162855Z-00000001".parse::<PointName>().unwrap().id.is_some());
+        for bad in ["web01", "../x/latest", "web01/../latest", "web01/x", "/latest", "a\0b/latest"] {
+            assert!(bad.parse::<PointName>().is_err(), "{bad:?}");
+        }
+    }
+}

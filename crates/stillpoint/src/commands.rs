@@ -1,0 +1,268 @@
+//! From a parsed command line to an exit status.
+
+use crate::{
+    backup::{Job, provider_failure},
+    cli::{self, Cli, Command, PointName},
+    config::{Config, Vm},
+    doctor,
+    failure::{Exit, Failure, Guest},
+    interrupt::Interrupt,
+    lock::VmLock,
+    progress::BytesProgress,
+    restore, runtime,
+    text::{self, note, print},
+    vm,
+};
+use serde_json::json;
+use std::{io::IsTerminal as _, path::Path, sync::Arc, time::Instant};
+use stillpoint_model::{Length, PointId, VmName};
+use stillpoint_provider::{BitmapMode, PointSummary, Provider};
+
+/// Runs the command and tells what came of it.
+pub async fn run(cli: Cli) -> Exit {
+    let result = match cli.command {
+        Command::Backup(arguments) => return backup(&cli.config, arguments).await,
+        Command::Points(arguments) => points(&cli.config, &arguments).await,
+        Command::Restore(arguments) => restore::run(&cli.config, &arguments).await,
+        Command::Verify(arguments) => verify(&cli.config, &arguments).await,
+        Command::Doctor(arguments) => doctor::run(&cli.config, &arguments).await,
+        Command::Recover(arguments) => recover(&cli.config, &arguments).await,
+        Command::Target(cli::Target::Init { name }) => init(&cli.config, &name),
+    };
+    match result {
+        Ok(exit) => exit,
+        Err(failure) => {
+            note(&failure);
+            failure.exit
+        }
+    }
+}
+
+/// Whether a person watches.
+pub(crate) fn watched() -> bool {
+    std::io::stderr().is_terminal()
+}
+
+async fn backup(path: &Path, arguments: cli::Backup) -> Exit {
+    let mut worst = Exit::Done;
+    let fail = |name: Option<&VmName>, failure: &Failure| {
+        if arguments.json {
+            print(json!({
+                "vm": name,
+                "point": null,
+                "result": "failed",
+                "exit_status": failure.exit.number(),
+                "error": failure.what(),
+            }));
+        }
+        note(failure);
+        failure.exit
+    };
+    let prepared = prepare(path, &arguments);
+    let (provider, vms) = match prepared {
+        Ok(prepared) => prepared,
+        Err(failure) => return fail(None, &failure),
+    };
+    let interrupt = match Interrupt::listen() {
+        Ok(interrupt) => interrupt,
+        Err(error) => return fail(None, &Failure::because(Exit::Failed, "cannot listen for signals", &error)),
+    };
+    for (name, vm) in &vms {
+        let job = Job {
+            name: name.clone(),
+            vm,
+            provider: provider.as_ref(),
+            full: arguments.full,
+            progress: watched(),
+        };
+        let exit = match job.run(&interrupt).await {
+            Ok(summary) if arguments.json => {
+                print(summary.json());
+                for warning in &summary.warnings {
+                    note(format!("warning: {warning}"));
+                }
+                summary.exit
+            }
+            Ok(summary) => {
+                print(&summary);
+                summary.exit
+            }
+            Err(failure) => fail(name.as_ref(), &failure),
+        };
+        worst = worst.worst(exit);
+        if interrupt.is_set() {
+            return worst;
+        }
+    }
+    worst
+}
+
+type Vms = Vec<(Option<VmName>, Vm)>;
+
+fn prepare(path: &Path, arguments: &cli::Backup) -> Result<(Box<dyn Provider>, Vms), Failure> {
+    let config = Config::read(path)?;
+    let provider = config.provider(&arguments.place, path)?;
+    let vms: Vms = if let Some(socket) = &arguments.qmp {
+        let name = match arguments.vms.as_slice() {
+            [] => None,
+            [one] => Some(one.clone()),
+            _ => return Err(Failure::usage("--qmp is one VM's socket; name at most one VM with it")),
+        };
+        // A VM of the configuration file keeps its files and excludes, whatever socket is named.
+        let known = name.as_ref().and_then(|name| config.vm.get(name)).cloned();
+        let mut vm = known.unwrap_or_else(|| Vm::at(socket.clone(), None));
+        vm.qmp.clone_from(socket);
+        if arguments.agent.is_some() {
+            vm.agent.clone_from(&arguments.agent);
+        }
+        vec![(name, vm)]
+    } else if arguments.all {
+        config.vm.iter().map(|(name, vm)| (Some(name.clone()), vm.clone())).collect()
+    } else {
+        let named = arguments.vms.iter().map(|name| Ok((Some(name.clone()), config.vm(name, path)?.clone())));
+        named.collect::<Result<_, Failure>>()?
+    };
+    if vms.is_empty() {
+        return Err(Failure::usage(format!("{} has no VM", path.display())));
+    }
+    Ok((provider, vms))
+}
+
+async fn points(path: &Path, arguments: &cli::Points) -> Result<Exit, Failure> {
+    let provider = Config::read(path)?.provider(&arguments.place, path)?;
+    let found = list(provider.as_ref(), arguments.vm.as_ref()).await?;
+    if arguments.json {
+        print(serde_json::to_string_pretty(&found).unwrap_or_default());
+        return Ok(Exit::Done);
+    }
+    if found.is_empty() {
+        note(format!("no point in {}", provider.name()));
+        return Ok(Exit::Done);
+    }
+    let width = found.iter().map(|point| point.vm.as_str().len()).max().unwrap_or(0).saturating_add(26).max(5);
+    print(format!("{:width$}  {:23}  {:>5}  {:>9}  {:>9}  {}", "point", "time", "disks", "size", "stored", "read"));
+    for point in &found {
+        let name = format!("{}/{}", point.vm, point.id);
+        match &point.record {
+            Some(record) => {
+                let size: Length = record.disks.iter().map(|disk| disk.size).sum();
+                let reused = record.disks.iter().filter(|disk| disk.bitmap_mode == BitmapMode::Reuse).count();
+                let read = match record.disks.len() {
+                    0 => "configuration".to_owned(),
+                    all if reused == all => "incremental".to_owned(),
+                    _ if reused == 0 => "full".to_owned(),
+                    all => format!("{} of {all} full", all.saturating_sub(reused)),
+                };
+                let damage = point.damage.as_ref().map(|damage| format!("  DAMAGED: {damage}")).unwrap_or_default();
+                print(format!(
+                    "{name:width$}  {:23}  {:>5}  {:>9}  {:>9}  {read}{damage}",
+                    record.time,
+                    record.disks.len(),
+                    text::bytes(size),
+                    text::bytes(point.stored)
+                ));
+            }
+            None => print(format!("{name:width$}  DAMAGED: {}", point.damage.as_deref().unwrap_or("unreadable"))),
+        }
+    }
+    Ok(Exit::Done)
+}
+
+async fn list(provider: &dyn Provider, vm: Option<&VmName>) -> Result<Vec<PointSummary>, Failure> {
+    provider.points(vm).await.map_err(|error| provider_failure(&error, Guest::NotConcerned))
+}
+
+/// The point that a person means.
+///
+/// # Errors
+/// If `latest` was typed and there is none.
+pub(crate) async fn resolve(provider: &dyn Provider, name: &PointName) -> Result<PointId, Failure> {
+    if let Some(id) = &name.id {
+        return Ok(id.clone());
+    }
+    let found = list(provider, Some(&name.vm)).await?;
+    let latest = found.into_iter().max_by_key(|point| point.sequence).map(|point| point.id);
+    latest.ok_or_else(|| {
+        Failure::new(Exit::Failed, format!("there is no point of VM {} in {}", name.vm, provider.name()))
+            .next("stillpoint points, to see what there is")
+    })
+}
+
+async fn verify(path: &Path, arguments: &cli::Verify) -> Result<Exit, Failure> {
+    let provider = Config::read(path)?.provider(&arguments.place, path)?;
+    let mut points = Vec::new();
+    if arguments.points.is_empty() {
+        points.extend(list(provider.as_ref(), None).await?.into_iter().map(|point| (point.vm, point.id)));
+    }
+    for name in &arguments.points {
+        points.push((name.vm.clone(), resolve(provider.as_ref(), name).await?));
+    }
+    let started = Instant::now();
+    let (mut checked, mut damaged, mut results) = (Length::ZERO, 0usize, Vec::new());
+    for (vm, id) in &points {
+        let progress = Arc::new(BytesProgress::start(watched(), format!("{vm}/{id}")));
+        let report = provider.verify(vm, id, Arc::clone(&progress) as _).await;
+        progress.finish();
+        let report = report.map_err(|error| provider_failure(&error, Guest::NotConcerned))?;
+        checked = checked.saturating_add(report.checked);
+        if !report.findings.is_empty() {
+            damaged = damaged.saturating_add(1);
+        }
+        let findings: Vec<_> = report.findings.iter().map(|finding| {
+            json!({"disk": finding.disk, "offset": finding.offset, "what": finding.what})
+        }).collect();
+        results.push(json!({"vm": vm, "point": id, "checked_bytes": report.checked, "findings": findings}));
+        if arguments.json {
+            continue;
+        }
+        if report.findings.is_empty() {
+            print(format!("{vm}/{id}  good, {} compared", text::bytes(report.checked)));
+        } else {
+            print(format!("{vm}/{id}  DAMAGED"));
+            for finding in &report.findings {
+                let disk = finding.disk.as_ref().map(|disk| format!("disk {disk}: ")).unwrap_or_default();
+                let place = finding.offset.map(|offset| format!(" (at {offset})")).unwrap_or_default();
+                print(format!("  {disk}{}{place}", finding.what));
+            }
+        }
+    }
+    if arguments.json {
+        print(json!({"points": results, "damaged": damaged, "checked_bytes": checked}));
+    } else {
+        let good = points.len().saturating_sub(damaged);
+        print(format!(
+            "{good} good, {damaged} damaged; {} compared in {}",
+            text::bytes(checked),
+            text::duration(started.elapsed())
+        ));
+    }
+    if damaged == 0 {
+        return Ok(Exit::Done);
+    }
+    Err(Failure::new(Exit::Failed, format!("{damaged} of {} points are damaged", points.len()))
+        .next("make a new full point now: stillpoint backup VM --full"))
+}
+
+async fn recover(path: &Path, arguments: &cli::Recover) -> Result<Exit, Failure> {
+    let socket = match (&arguments.qmp, &arguments.vm) {
+        (Some(socket), _) => socket.clone(),
+        (None, Some(name)) => Config::read(path)?.vm(name, path)?.qmp.clone(),
+        (None, None) => return Err(Failure::usage("name a VM, or its socket with --qmp")),
+    };
+    let _lock = VmLock::take(&runtime::directory(), &socket)?;
+    let qmp = vm::connect(&socket).await?;
+    let undone = vm::recover(&qmp, &format!("stillpoint recover --qmp {}", socket.display())).await?;
+    if undone.is_empty() {
+        print("nothing to undo: no earlier run left anything in this VM");
+    } else {
+        print(format!("undone: {} things; the VM is as it was", undone.len()));
+    }
+    Ok(Exit::Done)
+}
+
+fn init(path: &Path, name: &str) -> Result<Exit, Failure> {
+    let place = cli::Where { target: Some(name.to_owned()), to: None };
+    let provider = Config::read(path)?.provider(&place, path)?;
+    print(format!("{} needs no initialisation; the first backup makes what it needs", provider.name()));
+    Ok(Exit::Done)
+}

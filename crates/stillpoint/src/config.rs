@@ -1,0 +1,205 @@
+//! The configuration file, and what stands in for it on the command line.
+
+use crate::{cli::Where, failure::Failure};
+use serde::Deserialize;
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+use stillpoint_model::{DiskName, Length, VmName};
+use stillpoint_provider::Provider;
+use stillpoint_provider_directory::DirectoryProvider;
+
+/// Directory of fleecing images unless configured: on disk, unlike `/tmp`, and there on every Linux.
+const FLEECING_DIRECTORY: &str = "/var/tmp";
+
+/// The configuration file.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Config {
+    /// VMs by name.
+    #[serde(default)]
+    pub vm: BTreeMap<VmName, Vm>,
+    /// Targets by name.
+    #[serde(default)]
+    pub target: BTreeMap<String, Target>,
+}
+
+/// A VM.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Vm {
+    /// Its monitor's socket.
+    pub qmp: PathBuf,
+    /// Its guest agent's socket.
+    pub agent: Option<PathBuf>,
+    /// Files stored raw with each point.
+    #[serde(default)]
+    pub config: Vec<PathBuf>,
+    /// Its firewall rules, stored likewise.
+    pub firewall: Option<PathBuf>,
+    /// Disks that are left out.
+    #[serde(default)]
+    pub exclude: Vec<DiskName>,
+    /// Where and how much old data is kept aside while a backup runs.
+    #[serde(default)]
+    pub fleecing: Fleecing,
+}
+
+impl Vm {
+    /// A VM that is only known by its monitor's socket.
+    pub(crate) fn at(qmp: PathBuf, agent: Option<PathBuf>) -> Self {
+        Self { qmp, agent, config: Vec::new(), firewall: None, exclude: Vec::new(), fleecing: Fleecing::default() }
+    }
+}
+
+/// Fleecing.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Fleecing {
+    /// Directory of the fleecing images.
+    #[serde(default = "fleecing_directory")]
+    pub directory: PathBuf,
+    /// Most bytes that they may take together, such as `"20GiB"`.
+    #[serde(default, deserialize_with = "size")]
+    pub budget: Option<Length>,
+}
+
+impl Default for Fleecing {
+    fn default() -> Self {
+        Self { directory: fleecing_directory(), budget: None }
+    }
+}
+
+fn fleecing_directory() -> PathBuf {
+    FLEECING_DIRECTORY.into()
+}
+
+fn size<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Length>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    parse_size(&text).map(Some).map_err(serde::de::Error::custom)
+}
+
+/// A number of bytes with an optional unit: `20GiB`, `500 MB`, `4096`.
+fn parse_size(text: &str) -> Result<Length, String> {
+    let wrong = || format!("{text:?} is no size; write it like \"20GiB\"");
+    let digits = text.trim().find(|c: char| !c.is_ascii_digit()).unwrap_or(text.trim().len());
+    let (number, unit) = text.trim().split_at(digits);
+    let number: u64 = number.parse().map_err(|_| wrong())?;
+    let factor: u64 = match unit.trim() {
+        "" | "B" => 1,
+        "KiB" | "K" => 1 << 10,
+        "MiB" | "M" => 1 << 20,
+        "GiB" | "G" => 1 << 30,
+        "TiB" | "T" => 1 << 40,
+        "kB" => 1000,
+        "MB" => 1_000_000,
+        "GB" => 1_000_000_000,
+        "TB" => 1_000_000_000_000,
+        _ => return Err(wrong()),
+    };
+    number.checked_mul(factor).map(Length::new).ok_or_else(wrong)
+}
+
+/// A target.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub(crate) struct Target {
+    provider: String,
+    /// Of the directory provider.
+    directory: Option<PathBuf>,
+}
+
+impl Config {
+    /// Reads `path`; a file that is not there counts as empty, since `--qmp` and `--to` need none.
+    ///
+    /// # Errors
+    /// If it cannot be read or is not of the right form; the message has line and column.
+    pub(crate) fn read(path: &Path) -> Result<Self, Failure> {
+        let text = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(error) => return Err(Failure::usage(format!("cannot read configuration {}: {error}", path.display()))),
+        };
+        toml::from_str(&text)
+            .map_err(|error| Failure::usage(format!("configuration {}: {}", path.display(), error.to_string().trim_end())))
+    }
+
+    /// The VM of that name.
+    ///
+    /// # Errors
+    /// If the file has no such VM.
+    pub(crate) fn vm(&self, name: &VmName, path: &Path) -> Result<&Vm, Failure> {
+        self.vm.get(name).ok_or_else(|| {
+            Failure::usage(format!("there is no VM {name} in {}", path.display()))
+                .next(format!("add [vm.{name}] with its `qmp` socket there, or name the socket with --qmp SOCKET"))
+        })
+    }
+
+    /// Opens the provider of a target or of `--to`.
+    ///
+    /// # Errors
+    /// If nothing says where, or the target is unknown.
+    pub(crate) fn provider(&self, place: &Where, path: &Path) -> Result<Box<dyn Provider>, Failure> {
+        if let Some(directory) = &place.to {
+            return Ok(Box::new(DirectoryProvider::new(directory.clone())));
+        }
+        let known = || self.target.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+        let (name, target) = match &place.target {
+            Some(name) => self.target.get_key_value(name).ok_or_else(|| {
+                let known = if self.target.is_empty() { "it has none".into() } else { format!("it has {}", known()) };
+                Failure::usage(format!("there is no target {} in {}: {known}", name.escape_debug(), path.display()))
+            })?,
+            None if self.target.len() == 1 => self.target.iter().next().ok_or_else(|| Failure::usage("no target"))?,
+            None if self.target.is_empty() => {
+                return Err(Failure::usage("nothing says where the points are kept")
+                    .next(format!("name a directory with --to DIRECTORY, or add a [target.NAME] to {}", path.display())));
+            }
+            None => {
+                return Err(Failure::usage(format!("which target? {} has {}", path.display(), known()))
+                    .next("add --target NAME"));
+            }
+        };
+        match (target.provider.as_str(), &target.directory) {
+            ("directory", Some(directory)) => Ok(Box::new(DirectoryProvider::new(directory.clone()))),
+            ("directory", None) => Err(Failure::usage(format!("target {name} says no `directory`"))),
+            (other, _) => Err(Failure::usage(format!("target {name}: there is no provider {other:?}; there is \"directory\""))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_with_their_unit() {
+        assert_eq!(parse_size("20GiB").unwrap(), Length::new(20 << 30));
+        assert_eq!(parse_size(" 500 MB ").unwrap(), Length::new(500_000_000));
+        assert_eq!(parse_size("4096").unwrap(), Length::new(4096));
+        for bad in ["", "GiB", "-1", "1.5GiB", "99999999999999TiB", "20 gigs"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_file_of_the_design_is_understood_and_a_typing_error_is_not() {
+        let text = r#"
+            [vm.web01]
+            qmp = "/run/vms/web01.qmp"
+            agent = "/run/vms/web01.qga"
+            config = ["/etc/vms/web01.conf"]
+            firewall = "/etc/vms/web01.fw"
+            exclude = ["scratch"]
+            fleecing = { directory = "/var/lib/stillpoint", budget = "20GiB" }
+            [target.main]
+            provider = "directory"
+            directory = "/srv/backups"
+        "#;
+        let config: Config = toml::from_str(text).unwrap();
+        let vm = config.vm.get("web01").unwrap();
+        assert_eq!(vm.fleecing.budget, Some(Length::new(20 << 30)));
+        assert!(toml::from_str::<Config>(&text.replace("exclude", "exlcude")).is_err());
+        assert!(toml::from_str::<Config>(&text.replace("vm.web01", "vm.\"../web01\"")).is_err());
+    }
+}

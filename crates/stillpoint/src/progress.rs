@@ -1,0 +1,91 @@
+//! What a person sees while work goes on: how far, how fast, how long still.
+
+use crate::text;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::time::Duration;
+use stillpoint_model::{Length, VmName};
+use stillpoint_provider::Progress;
+use stillpoint_snapshot_access::SnapshotAccess;
+
+/// How often the line is drawn.
+const REDRAW: Duration = Duration::from_millis(200);
+
+fn bar(shown: bool, template: &str) -> ProgressBar {
+    let target = if shown { ProgressDrawTarget::stderr_with_hz(5) } else { ProgressDrawTarget::hidden() };
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::with_draw_target(None, target).with_style(style.progress_chars("=> "))
+}
+
+/// The progress of a backup.
+pub(crate) struct BackupProgress(ProgressBar);
+
+impl BackupProgress {
+    /// A line for this backup; nothing is drawn if nobody watches.
+    pub(crate) fn start(shown: bool, vm: &VmName, access: &SnapshotAccess) -> Self {
+        let bar = bar(shown, "{prefix} [{bar:28}] {percent:>3} %  {msg}, {eta} left");
+        bar.set_prefix(vm.to_string());
+        bar.set_length(access.disks().iter().map(|disk| disk.size).sum::<Length>().get());
+        Self(bar)
+    }
+
+    /// Draws until `work` is done.
+    pub(crate) async fn watch<T>(&self, access: &SnapshotAccess, work: impl Future<Output = T>) -> T {
+        let mut work = std::pin::pin!(work);
+        let mut ticks = tokio::time::interval(REDRAW);
+        let started = std::time::Instant::now();
+        loop {
+            tokio::select! {
+                done = &mut work => {
+                    self.0.finish_and_clear();
+                    return done;
+                }
+                _ = ticks.tick() => self.draw(access, started.elapsed()),
+            }
+        }
+    }
+
+    fn draw(&self, access: &SnapshotAccess, elapsed: Duration) {
+        let disks = access.disks();
+        let read: Length = disks.iter().map(|disk| disk.read).sum();
+        self.0.set_position(disks.iter().map(|disk| disk.passed).sum::<Length>().get());
+        self.0.set_message(format!(
+            "read {}, {}/s, fleecing {}",
+            text::bytes(read),
+            text::bytes(rate(read, elapsed)),
+            text::bytes(access.fleecing().0)
+        ));
+    }
+}
+
+/// Bytes a second.
+pub(crate) fn rate(done: Length, elapsed: Duration) -> Length {
+    let millis = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX).max(1);
+    Length::new(u64::try_from(u128::from(done.get()) * 1000 / u128::from(millis)).unwrap_or(u64::MAX))
+}
+
+/// The progress of a restore or of verifying.
+pub(crate) struct BytesProgress(ProgressBar);
+
+impl BytesProgress {
+    /// A line that begins with `what`.
+    pub(crate) fn start(shown: bool, what: impl Into<String>) -> Self {
+        let bar = bar(shown, "{prefix} [{bar:28}] {percent:>3} %  {binary_bytes}, {binary_bytes_per_sec}, {eta} left");
+        bar.set_prefix(what.into());
+        Self(bar)
+    }
+
+    /// Takes the line away.
+    pub(crate) fn finish(&self) {
+        self.0.finish_and_clear();
+    }
+}
+
+impl Progress for BytesProgress {
+    fn total(&self, bytes: Length) {
+        self.0.set_length(bytes.get());
+    }
+
+    fn advanced(&self, bytes: Length) {
+        self.0.inc(bytes.get());
+    }
+}

@@ -1,0 +1,87 @@
+//! What the tests with real guests share.
+#![allow(dead_code, reason = "each test program uses a part")]
+
+use guest_writer::Layout;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use stillpoint_testkit::{Guest, Storm, Tool, oracle};
+
+/// The program under test.
+pub fn tool(runtime: &Path) -> Tool {
+    Tool::new(env!("CARGO_BIN_EXE_stillpoint"), runtime)
+}
+
+/// The point's name as it is typed.
+pub fn point_name(summary: &Value) -> String {
+    format!("{}/{}", summary["vm"].as_str().unwrap(), summary["point"].as_str().unwrap())
+}
+
+/// Restores `point` next to the target and asks the oracle; the images of `disks`, in the storm's order.
+pub fn judge(tool: &Tool, target: &Path, point: &str, disks: &[&str], storm: &Storm) -> oracle::Verdict {
+    let output = tempfile::tempdir_in(target.parent().unwrap()).unwrap();
+    let images = restore(tool, target, point, disks, &output.path().join("restored"));
+    oracle::check(&images, &storm.layout, storm.run).unwrap()
+}
+
+/// Restores `point` into `output` and returns its images.
+pub fn restore(tool: &Tool, target: &Path, point: &str, disks: &[&str], output: &Path) -> Vec<PathBuf> {
+    tool.restore(point, target, output).unwrap();
+    disks.iter().map(|disk| output.join(format!("{disk}.raw"))).collect()
+}
+
+/// Makes points while the guest writes, and checks each.
+pub struct Cuts<'a> {
+    pub guest: &'a mut Guest,
+    pub tool: Tool,
+    pub target: PathBuf,
+    pub disks: Vec<&'static str>,
+    pub storm: Storm,
+    pub pauses: Vec<f64>,
+}
+
+impl<'a> Cuts<'a> {
+    /// Starts the storm at full speed.
+    pub fn start(guest: &'a mut Guest, disks: Vec<&'static str>, seed: u64) -> Self {
+        let storm = guest.start_storm(seed, 0).unwrap();
+        guest.await_writes(300).unwrap();
+        let tool = tool(guest.work());
+        let target = guest.work().join("target");
+        Self { guest, tool, target, disks, storm, pauses: Vec::new() }
+    }
+
+    /// One point. Its block graph is as before, and each disk has exactly one bitmap.
+    pub fn cut(&mut self, more: &[&str]) -> Value {
+        self.guest.await_writes(200).unwrap();
+        let before = self.guest.block_graph().unwrap();
+        let summary = self.tool.backup("vm", &self.guest.qmp(), &self.target, more).unwrap();
+        let after = self.guest.block_graph().unwrap();
+        assert_eq!(before.without_bitmaps(), after.clone().without_bitmaps());
+        assert_eq!(after.bitmaps.len(), self.disks.len(), "{:?}", after.bitmaps);
+        let point = summary["point"].as_str().unwrap();
+        assert!(after.bitmaps.iter().all(|(_, name)| name.ends_with(point)), "{:?}", after.bitmaps);
+        self.pauses.push(summary["pause_ms"].as_f64().unwrap());
+        summary
+    }
+
+    /// Restores every point made and asks the oracle; returns the operations in each.
+    pub fn judge_all(&self, points: &[Value]) -> Vec<u64> {
+        let judged = points.iter().map(|summary| {
+            let name = point_name(summary);
+            let verdict = judge(&self.tool, &self.target, &name, &self.disks, &self.storm);
+            assert!(verdict.is_valid(), "{name}: {} violations, first {:?}", verdict.violations.len(), verdict.violations.first());
+            verdict.operations()
+        });
+        judged.collect()
+    }
+
+    /// Ends the storm; the guest saw no I/O error.
+    pub fn end(self) {
+        let counts = self.guest.stop_storm().unwrap();
+        assert_eq!(counts.errors, 0, "{counts:?}");
+    }
+}
+
+/// An empty layout of these disks; for checks without a storm.
+pub fn layout(blocks: &[u64]) -> Layout {
+    Layout { seed: 0, per_disk: 2, disk_blocks: blocks.to_vec(), span: 64 }
+}
