@@ -13,7 +13,7 @@ use crate::{
     names::{self, Names},
     pause::{self, Instant},
     step::Step,
-    volume::{AccessVolume, Stop},
+    volume::{AccessVolume, Stop, reads_within},
     watch::FleecingWatch,
 };
 use std::{
@@ -28,6 +28,9 @@ use tokio::{sync::watch, task::JoinHandle};
 
 /// The filter's cluster when the fleecing image is raw: what discards are aligned to.
 const FILTER_CLUSTER: Granularity = Granularity::DEFAULT;
+
+/// Requests on their way at once: enough for eight reads of 1 MiB where QEMU wants them cluster by cluster.
+const IN_FLIGHT: usize = 128;
 
 /// How one disk is to be read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -436,7 +439,7 @@ impl Taking {
             let failed = |error: stillpoint_nbd::Error| {
                 Error::new(ErrorKind::Read, format!("connect to the export of disk {}", plan.disk.name)).because(error)
             };
-            let options = Options::new(&names.export).context(MetaContext::base_allocation());
+            let options = Options::new(&names.export).context(MetaContext::base_allocation()).in_flight(IN_FLIGHT);
             let data = Client::connect_unix(&path, options).await.map_err(failed)?;
             let dirty = match bitmap {
                 None => None,
@@ -477,6 +480,7 @@ impl Taking {
                 dirty,
                 discards: Mutex::new(DiscardPlanner::new(FILTER_CLUSTER, plan.disk.size)),
                 fleecing: disk.image,
+                piece: reads_within(self.qmp.version().number(), FILTER_CLUSTER),
                 stop: stopped.clone(),
                 read: AtomicU64::new(0),
                 passed: AtomicU64::new(0),

@@ -5,10 +5,10 @@
 //! descriptor is closed, and no path or permission ever mattered.
 
 use crate::error::{Error, ErrorKind, Result};
-use rustix::fs::{Mode, OFlags, fstat, fstatvfs, ftruncate, open};
+use rustix::fs::{Mode, OFlags, SeekFrom, fstat, fstatvfs, ftruncate, open, seek};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use stillpoint_model::Length;
+use stillpoint_model::{Length, Offset, Range};
 
 /// The fleecing image of one disk.
 #[derive(Debug)]
@@ -43,6 +43,14 @@ impl FleecingImage {
         Length::new(u64::try_from(blocks).unwrap_or(0).saturating_mul(512))
     }
 
+    /// The first part of `range` that holds data; `None` if it holds none.
+    pub(crate) fn first_data(&self, range: Range) -> Option<Range> {
+        // On a descriptor that QEMU shares, this moves an offset that nobody uses: QEMU reads and writes by position.
+        let start = seek(&self.file, SeekFrom::Data(range.start().get())).ok()?;
+        let end = seek(&self.file, SeekFrom::Hole(start)).ok()?;
+        Range::between(Offset::new(start), Offset::new(end)).ok()?.intersect(range)
+    }
+
     /// Bytes still free in the file system that holds it.
     pub(crate) fn free(&self) -> Option<Length> {
         let system = fstatvfs(&self.file).ok()?;
@@ -68,6 +76,9 @@ mod test {
         rustix::io::pwrite(image.descriptor(), &[1u8; 65_536], 0).unwrap();
         rustix::fs::fdatasync(image.descriptor()).unwrap();
         assert!(image.used().get() >= 65_536);
+        let whole = Range::whole(Length::new(1_000_001)).unwrap();
+        assert_eq!(image.first_data(whole), Range::new(Offset::ZERO, Length::new(65_536)).ok());
+        assert_eq!(image.first_data(whole.split(Offset::new(65_536)).1), None);
     }
 
     #[test]

@@ -149,7 +149,18 @@ impl GuestBuilder {
         let (mut command, mount) = self.qemu.command("qemu-system-x86_64", work.path())?;
         let console = work.path().join("console");
         let path = |name: &str| work.path().join(name).display().to_string();
-        command.args(["-name", "guest", "-machine", "pc", "-accel", "tcg,thread=multi", "-smp", "2", "-m", "256"]);
+        command.args([
+            "-name",
+            "guest",
+            "-machine",
+            "pc",
+            "-accel",
+            "tcg,thread=multi",
+            "-smp",
+            "2",
+            "-m",
+            "256",
+        ]);
         command.args(["-nodefaults", "-display", "none", "-no-reboot"]);
         command.arg("-kernel").arg(&kernel_here).arg("-initrd").arg(&initramfs_here);
         command.args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off"]);
@@ -165,7 +176,10 @@ impl GuestBuilder {
             images.push(add_disk(&mut command, disk, work.path())?);
         }
         command.args(&self.extra);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(fs::File::create(work.path().join("stderr"))?);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(fs::File::create(work.path().join("stderr"))?);
         let child = command.spawn().context("start QEMU")?;
         let mut guest = Guest {
             qemu: self.qemu,
@@ -187,12 +201,16 @@ fn add_disk(command: &mut Command, disk: &DiskSpec, work: &Path) -> Result<PathB
     if disk.format == ImageFormat::Raw {
         fs::File::create(&image)?.set_len(disk.size)?;
     } else {
-        run(Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&image).arg(disk.size.to_string()))?;
+        run(Command::new("qemu-img")
+            .args(["create", "-q", "-f", "qcow2"])
+            .arg(&image)
+            .arg(disk.size.to_string()))?;
     }
     let (id, format) = (&disk.id, disk.format.name());
     let drive = if disk.legacy {
         let file = image.display();
-        command.args(["-drive", &format!("if=none,id=legacy-{id},file={file},format={format},discard=unmap")]);
+        command
+            .args(["-drive", &format!("if=none,id=legacy-{id},file={file},format={format},discard=unmap")]);
         format!("legacy-{id}")
     } else {
         let file = json!({"driver": "file", "filename": image, "node-name": format!("file-{id}"), "discard": "unmap"});
@@ -283,7 +301,11 @@ impl Guest {
         let read = |name: &str| fs::read_to_string(self.work.path().join(name)).unwrap_or_default();
         let console = read("console");
         let tail: Vec<_> = console.lines().rev().take(15).collect();
-        format!("the guest did not come up\nQEMU: {}\nconsole: {}", read("stderr"), tail.into_iter().rev().collect::<Vec<_>>().join("\n"))
+        format!(
+            "the guest did not come up\nQEMU: {}\nconsole: {}",
+            read("stderr"),
+            tail.into_iter().rev().collect::<Vec<_>>().join("\n")
+        )
     }
 
     fn await_ready(&mut self) -> Result<()> {
@@ -438,10 +460,13 @@ impl Guest {
     /// # Errors
     /// If QEMU does not answer.
     pub fn block_graph(&mut self) -> Result<BlockGraph> {
-        let text = |value: &Value, key: &str| value.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+        let text =
+            |value: &Value, key: &str| value.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
         let list = |value: Value| value.as_array().cloned().unwrap_or_default();
-        let mut nodes: Vec<_> =
-            list(self.execute("query-named-block-nodes", json!({"flat": true}))?).iter().map(|node| text(node, "node-name")).collect();
+        let mut nodes: Vec<_> = list(self.execute("query-named-block-nodes", json!({"flat": true}))?)
+            .iter()
+            .map(|node| text(node, "node-name"))
+            .collect();
         nodes.sort();
         let exports = list(self.execute("query-block-exports", json!({}))?).len();
         let fd_sets = list(self.execute("query-fdsets", json!({}))?).len();

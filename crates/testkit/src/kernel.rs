@@ -13,8 +13,17 @@ use std::{
 };
 
 /// Drivers of all front ends, and the control port. What they need is found in the modules themselves.
-const MODULES: &[&str] =
-    &["virtio_pci", "virtio_blk", "virtio_scsi", "virtio_console", "sd_mod", "ata_piix", "ata_generic", "nvme", "nbd"];
+const MODULES: &[&str] = &[
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_scsi",
+    "virtio_console",
+    "sd_mod",
+    "ata_piix",
+    "ata_generic",
+    "nvme",
+    "nbd",
+];
 
 const INIT: &str = "#!/bin/sh
 /bin/busybox mkdir -p /proc /sys /dev
@@ -74,13 +83,21 @@ pub fn boot() -> Result<Boot> {
     Ok(Boot { kernel, initramfs: finished })
 }
 
+/// Whether booting needs no package.
+pub(crate) fn kernel_is_cached() -> bool {
+    cache().join("kernel/lib/modules").is_dir()
+}
+
 fn kernel_package(cache: &Path) -> Result<PathBuf> {
     let unpacked = cache.join("kernel");
     if unpacked.join("lib/modules").is_dir() {
         return Ok(unpacked);
     }
     let depends = run(Command::new("apt-cache").args(["depends", "linux-image-cloud-amd64"]))?;
-    let name = depends.lines().filter_map(|line| line.trim().strip_prefix("Depends: ")).find(|name| name.starts_with("linux-image-"));
+    let name = depends
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("Depends: "))
+        .find(|name| name.starts_with("linux-image-"));
     let name = name.context("apt knows no linux-image-cloud-amd64; type: apt-get update")?.to_owned();
     let download = cache.join("download");
     fs::create_dir_all(&download)?;
@@ -106,7 +123,16 @@ fn build_writer(cache: &Path) -> Result<PathBuf> {
     let target = "x86_64-unknown-linux-gnu";
     let directory = cache.join("writer");
     let mut build = Command::new(env!("CARGO"));
-    build.args(["build", "--quiet", "--release", "--package", "guest-writer", "--target", target, "--target-dir"]);
+    build.args([
+        "build",
+        "--quiet",
+        "--release",
+        "--package",
+        "guest-writer",
+        "--target",
+        target,
+        "--target-dir",
+    ]);
     build.arg(&directory).current_dir(workspace()).env("RUSTFLAGS", "-C target-feature=+crt-static");
     build.env_remove("CARGO_ENCODED_RUSTFLAGS");
     run(&mut build)?;
@@ -119,7 +145,11 @@ fn write_initramfs(path: &Path, modules: &Path, writer: &Path) -> Result<()> {
         archive.entry(directory, 0o040_755, &[])?;
     }
     let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| Path::new(path).exists());
-    archive.entry("bin/busybox", 0o100_755, &fs::read(busybox.context("there is no busybox; type: apt-get install busybox-static")?)?)?;
+    archive.entry(
+        "bin/busybox",
+        0o100_755,
+        &fs::read(busybox.context("there is no busybox; type: apt-get install busybox-static")?)?,
+    )?;
     archive.entry("bin/sh", 0o120_777, b"busybox")?;
     archive.entry("init", 0o100_755, INIT.as_bytes())?;
     archive.entry("guest-writer", 0o100_755, &fs::read(writer)?)?;
@@ -133,7 +163,13 @@ fn write_initramfs(path: &Path, modules: &Path, writer: &Path) -> Result<()> {
 }
 
 /// A module after those it needs, which it names itself (`depends=` in its `.modinfo`).
-fn add_module(archive: &mut Cpio, modules: &Path, name: &str, done: &mut BTreeSet<String>, order: &mut String) -> Result<()> {
+fn add_module(
+    archive: &mut Cpio,
+    modules: &Path,
+    name: &str,
+    done: &mut BTreeSet<String>,
+    order: &mut String,
+) -> Result<()> {
     let name = name.replace('-', "_");
     if !done.insert(name.clone()) {
         return Ok(());
@@ -170,7 +206,8 @@ fn find_module(directory: &Path, name: &str) -> Result<Option<PathBuf>> {
                 return Ok(Some(found));
             }
         } else {
-            let file = path.file_name().map(|file| file.to_string_lossy().replace('-', "_")).unwrap_or_default();
+            let file =
+                path.file_name().map(|file| file.to_string_lossy().replace('-', "_")).unwrap_or_default();
             if file == format!("{name}.ko") || file == format!("{name}.ko.xz") {
                 return Ok(Some(path));
             }
@@ -188,7 +225,21 @@ struct Cpio {
 
 impl Cpio {
     fn entry(&mut self, name: &str, mode: u32, content: &[u8]) -> Result<()> {
-        let numbers = [self.inode, mode, 0, 0, 1, 0, u32::try_from(content.len())?, 0, 0, 0, 0, u32::try_from(name.len())? + 1, 0];
+        let numbers = [
+            self.inode,
+            mode,
+            0,
+            0,
+            1,
+            0,
+            u32::try_from(content.len())?,
+            0,
+            0,
+            0,
+            0,
+            u32::try_from(name.len())? + 1,
+            0,
+        ];
         self.inode += 1;
         let mut header = String::from("070701");
         for number in numbers {

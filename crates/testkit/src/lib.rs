@@ -34,10 +34,11 @@ pub mod nbd_peer;
 pub mod oracle;
 mod qemu;
 pub mod qmp_peer;
+pub mod requirements;
 mod tool;
 
 pub use guest::{BlockGraph, DiskSpec, FrontEnd, Guest, GuestBuilder, ImageFormat, Storm, StormCounts};
 pub use kernel::{Boot, boot, cache, run, workspace};
 pub use monitor::Monitor;
-pub use qemu::{Qemu, skip};
+pub use qemu::{Qemu, skip, trixie_root};
 pub use tool::{Outcome, Tool};

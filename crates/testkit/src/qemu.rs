@@ -1,10 +1,9 @@
 //! Which QEMU a test runs.
 
-use crate::kernel::{cache, run};
+use crate::kernel::run;
 use anyhow::{Context as _, Result};
 use std::{
     fs,
-    io::Write as _,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -33,7 +32,7 @@ impl Qemu {
 
     /// QEMU 10 of Debian 13, in a directory, run by `chroot`; `None` if it is not there.
     pub fn trixie() -> Option<Self> {
-        let root = PathBuf::from(std::env::var_os("STILLPOINT_TRIXIE").unwrap_or_else(|| TRIXIE.into()));
+        let root = trixie_root();
         if !root.join("usr/bin/qemu-system-x86_64").exists() || !rustix::process::geteuid().is_root() {
             return None;
         }
@@ -49,6 +48,11 @@ impl Qemu {
         command.arg(root).arg(program);
         Ok((command, Some(mount)))
     }
+}
+
+/// Where QEMU 10 is looked for: `/opt/trixie`, or what `STILLPOINT_TRIXIE` says.
+pub fn trixie_root() -> PathBuf {
+    std::env::var_os("STILLPOINT_TRIXIE").unwrap_or_else(|| TRIXIE.into()).into()
 }
 
 fn version(text: &str) -> String {
@@ -76,12 +80,7 @@ impl Drop for Mount {
     }
 }
 
-/// Says that a test cannot be done here, and why; `cargo xtask test` counts these.
+/// Says that a test cannot be done here, and why. The line is what `cargo xtask test` counts.
 pub fn skip(test: &str, reason: &str) {
     println!("skipped {test}: {reason}");
-    let path = cache().join("skipped");
-    let file = fs::create_dir_all(cache()).and_then(|()| fs::File::options().create(true).append(true).open(path));
-    if let Ok(mut file) = file {
-        let _ = writeln!(file, "{test}: {reason}");
-    }
 }

@@ -55,7 +55,8 @@ impl Tool {
     /// # Errors
     /// If it cannot be started; not if it fails.
     pub fn run<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Result<Outcome> {
-        let output = self.command(arguments).output().with_context(|| format!("run {}", self.program.display()))?;
+        let output =
+            self.command(arguments).output().with_context(|| format!("run {}", self.program.display()))?;
         Ok(Outcome {
             status: output.status.code().unwrap_or(-1),
             stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
