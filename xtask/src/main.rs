@@ -2,12 +2,14 @@
 //!
 //! | command               | what it does                                                                    |
 //! |-----------------------|---------------------------------------------------------------------------------|
+//! | `cargo xtask demo`    | backs up a real guest while it writes, restores every point and proves each      |
 //! | `cargo xtask test`    | installs what the tests need, runs them all, and counts what had to be skipped   |
 //! | `cargo xtask check`   | format, lints, documentation, licences and sources of dependencies               |
 //! | `cargo xtask ci`      | `check`, QEMU 10 where it can be had, `test`                                     |
 //! | `cargo xtask qemu10`  | puts a Debian 13 with QEMU 10 into `/opt/trixie`, for the tests that want it      |
 
 mod check;
+mod demo;
 mod deny;
 mod suite;
 
@@ -25,6 +27,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Task {
+    /// Back up a real guest while it writes without pause, restore every point, and prove each
+    Demo,
     /// Install what the tests need, run them all, count what had to be skipped
     Test(suite::Options),
     /// Format, lints, documentation, licences and sources of dependencies
@@ -37,6 +41,7 @@ enum Task {
 
 fn main() -> Result<()> {
     match Arguments::parse().task {
+        Task::Demo => demo::run(),
         Task::Test(options) => suite::run(&options),
         Task::Check => check::run(),
         Task::Ci => {

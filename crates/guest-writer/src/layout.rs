@@ -55,7 +55,8 @@ impl Layout {
 
     /// The `sequence`-th operation (from 1) of `stream`.
     pub fn operation(&self, stream: u32, sequence: u64) -> Operation {
-        let random = mix(self.seed ^ mix(u64::from(stream).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ mix(sequence)));
+        let random =
+            mix(self.seed ^ mix(u64::from(stream).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ mix(sequence)));
         let disks = self.disk_blocks.len().max(1);
         let disk = if stream == self.ordering_stream() {
             usize::try_from(sequence % disks as u64).unwrap_or(0)
@@ -68,7 +69,12 @@ impl Layout {
         let at = random % length;
         // The ordering stream never zeroes: its blocks have to tell which operation they are from.
         let zero = stream != self.ordering_stream() && (random >> 32).is_multiple_of(37);
-        Operation { disk, block: base.saturating_add(at), count: size.min(length.saturating_sub(at)).max(1), zero }
+        Operation {
+            disk,
+            block: base.saturating_add(at),
+            count: size.min(length.saturating_sub(at)).max(1),
+            zero,
+        }
     }
 }
 

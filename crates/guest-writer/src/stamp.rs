@@ -70,7 +70,8 @@ impl Stamp {
             return None;
         }
         let streams = usize::try_from(word(5)?).ok().filter(|streams| *streams <= STREAMS_MOST)?;
-        let acked = (0..streams).map(|stream| word(HEADER.checked_add(stream)?)).collect::<Option<Vec<_>>>()?;
+        let acked =
+            (0..streams).map(|stream| word(HEADER.checked_add(stream)?)).collect::<Option<Vec<_>>>()?;
         let place = word(2)?;
         let stamp = Self {
             run: word(1)?,

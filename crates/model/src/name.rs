@@ -138,7 +138,20 @@ mod test {
     #[test]
     fn a_name_that_could_leave_its_directory_or_fool_a_terminal_is_refused() {
         let long = "x".repeat(300);
-        for bad in ["", ".", "..", "../x", "a/b", "a\0b", "a\nb", "\u{1b}[31mred", "-rf", ".hidden", "caf\u{e9}", &long] {
+        for bad in [
+            "",
+            ".",
+            "..",
+            "../x",
+            "a/b",
+            "a\0b",
+            "a\nb",
+            "\u{1b}[31mred",
+            "-rf",
+            ".hidden",
+            "caf\u{e9}",
+            &long,
+        ] {
             assert!(bad.parse::<DiskName>().is_err(), "{bad:?}");
             assert!(bad.parse::<VmName>().is_err(), "{bad:?}");
         }

@@ -118,7 +118,14 @@ mod test {
         let id = PointId::new(time, 0xbeef);
         assert_eq!(id.as_str().parse::<PointId>().unwrap(), id);
         assert!(id.as_str().ends_with("Z-0000beef"), "{id}");
-        for bad in ["", "latest", "../x", "20261123T162855Z", "20261123T162855Z-XXXXXXXX", "2026112T3162855Z-00000000"] {
+        for bad in [
+            "",
+            "latest",
+            "../x",
+            "20261123T162855Z",
+            "20261123T162855Z-XXXXXXXX",
+            "2026112T3162855Z-00000000",
+        ] {
             assert!(bad.parse::<PointId>().is_err(), "{bad}");
         }
     }

@@ -122,7 +122,8 @@ pub trait Provider: Send + Sync {
     ///
     /// # Errors
     /// If the point cannot be examined at all. Damage is a [`Finding`](crate::Finding), not an error.
-    async fn verify(&self, vm: &VmName, point: &PointId, progress: Arc<dyn Progress>) -> Result<VerifyReport>;
+    async fn verify(&self, vm: &VmName, point: &PointId, progress: Arc<dyn Progress>)
+    -> Result<VerifyReport>;
 }
 
 /// The backup of one VM. Calls come in the order in which they stand here.

@@ -32,7 +32,9 @@ mod record;
 mod restore;
 mod volume;
 
-pub use backup::{Backup, ConfigFile, ConfigRole, DiskOffer, Incremental, OfferedBitmap, Provider, Volume, VolumeReport};
+pub use backup::{
+    Backup, ConfigFile, ConfigRole, DiskOffer, Incremental, OfferedBitmap, Provider, Volume, VolumeReport,
+};
 pub use error::{Error, ErrorKind, Result};
 pub use record::{BitmapMode, Consistency, DiskRecord, PointRecord, PointSummary};
 pub use restore::{Finding, Progress, Restore, VerifyReport};

@@ -158,12 +158,13 @@ impl SnapshotAccess {
     /// The disks, in the order of the plan, to hand to a provider.
     pub fn volumes(&self) -> Vec<Volume> {
         let modes = self.modes.iter();
-        let volume = |(volume, (mode, base)): (&Arc<AccessVolume>, &(BitmapMode, Option<Generation>))| Volume {
-            name: volume.name.clone(),
-            bitmap_mode: *mode,
-            base: base.clone(),
-            source: Arc::clone(volume) as Arc<dyn VolumeSource>,
-        };
+        let volume =
+            |(volume, (mode, base)): (&Arc<AccessVolume>, &(BitmapMode, Option<Generation>))| Volume {
+                name: volume.name.clone(),
+                bitmap_mode: *mode,
+                base: base.clone(),
+                source: Arc::clone(volume) as Arc<dyn VolumeSource>,
+            };
         self.volumes.iter().zip(modes).map(volume).collect()
     }
 
@@ -234,7 +235,9 @@ impl SnapshotAccess {
         drop(self.listener.take());
         let result = match failures.into_iter().next() {
             None => Ok(peak),
-            Some(first) => Err(Error::new(ErrorKind::LeftBehind, "something is left in the VM").because(first)),
+            Some(first) => {
+                Err(Error::new(ErrorKind::LeftBehind, "something is left in the VM").because(first))
+            }
         };
         (self.chain, result)
     }
@@ -290,7 +293,12 @@ struct Opened {
 
 impl Taking {
     /// Everything up to the guest running again.
-    async fn run(&mut self, machine: &Machine, plan: &[DiskPlan], settings: &Settings) -> Result<(Instant, Freeze)> {
+    async fn run(
+        &mut self,
+        machine: &Machine,
+        plan: &[DiskPlan],
+        settings: &Settings,
+    ) -> Result<(Instant, Freeze)> {
         self.start_server(plan, settings).await?;
         for (index, disk) in plan.iter().enumerate() {
             self.add_fleecing(index, disk, settings).await?;
@@ -341,24 +349,31 @@ impl Taking {
     }
 
     async fn add_fleecing(&mut self, index: usize, plan: &DiskPlan, settings: &Settings) -> Result<()> {
-        let named = |error| Error::new(ErrorKind::Inconsistent, "cannot name what belongs to a disk").because(error);
+        let named =
+            |error| Error::new(ErrorKind::Inconsistent, "cannot name what belongs to a disk").because(error);
         let names = Names::new(index).map_err(named)?;
         let image = Arc::new(FleecingImage::create(&settings.fleecing_directory, plan.disk.size)?);
         self.steps.record(Step::FdSet { opaque: names.fd_set.clone() })?;
         let reply = self.qmp.execute_with_fd(command::add_fd(&names.fd_set), image.descriptor()).await;
         let reply = reply.map_err(|error| qmp_error("hand a fleecing image to QEMU", error))?;
         let set = reply.get("fdset-id").and_then(serde_json::Value::as_u64);
-        let set = set.ok_or_else(|| Error::new(ErrorKind::Inconsistent, "QEMU tells no id of a descriptor set"))?;
+        let set =
+            set.ok_or_else(|| Error::new(ErrorKind::Inconsistent, "QEMU tells no id of a descriptor set"))?;
         self.steps.record(Step::Node { name: names.fleecing.clone() })?;
         self.execute("open a fleecing image in QEMU", command::add_fleecing(&names.fleecing, set)).await?;
         let (old, granularity) = match &plan.mode {
             ReadMode::Full { granularity } => (None, *granularity),
             ReadMode::Since(generation) => {
                 let bitmap = plan.disk.bitmaps.iter().find(|bitmap| {
-                    bitmap.target == settings.target && bitmap.generation == *generation && bitmap.fault.is_none()
+                    bitmap.target == settings.target
+                        && bitmap.generation == *generation
+                        && bitmap.fault.is_none()
                 });
                 let bitmap = bitmap.ok_or_else(|| {
-                    Error::new(ErrorKind::Inconsistent, format!("disk {} has no bitmap since {generation}", plan.disk.name))
+                    Error::new(
+                        ErrorKind::Inconsistent,
+                        format!("disk {} has no bitmap since {generation}", plan.disk.name),
+                    )
                 })?;
                 (Some(bitmap.name.clone()), bitmap.granularity)
             }
@@ -384,7 +399,8 @@ impl Taking {
         let mut actions = Vec::new();
         for (plan, disk) in plan.iter().zip(&self.disks) {
             let chain = &disk.chain;
-            self.steps.record(Step::NewBitmap { node: chain.node.clone(), name: chain.new.as_str().to_owned() })?;
+            self.steps
+                .record(Step::NewBitmap { node: chain.node.clone(), name: chain.new.as_str().to_owned() })?;
             actions.push(command::add_bitmap(&chain.node, &chain.new, chain.granularity, chain.persistent));
             if matches!(plan.mode, ReadMode::Since(_)) {
                 self.steps.record(Step::ReadBitmap { node: chain.node.clone() })?;
@@ -431,15 +447,22 @@ impl Taking {
         for (plan, disk) in plan.iter().zip(&self.disks) {
             let names = &disk.names;
             self.steps.record(Step::Node { name: names.access.clone() })?;
-            self.execute("add the snapshot access", command::add_access(&names.access, &names.filter)).await?;
+            self.execute("add the snapshot access", command::add_access(&names.access, &names.filter))
+                .await?;
             self.steps.record(Step::Export { id: names.export.clone() })?;
             let bitmap = disk.chain.read_by.as_ref().map(|_| (&disk.chain.node, names::READ_BITMAP));
-            self.execute("export the snapshot access", command::add_export(&names.export, &names.access, bitmap)).await?;
+            self.execute(
+                "export the snapshot access",
+                command::add_export(&names.export, &names.access, bitmap),
+            )
+            .await?;
 
             let failed = |error: stillpoint_nbd::Error| {
-                Error::new(ErrorKind::Read, format!("connect to the export of disk {}", plan.disk.name)).because(error)
+                Error::new(ErrorKind::Read, format!("connect to the export of disk {}", plan.disk.name))
+                    .because(error)
             };
-            let options = Options::new(&names.export).context(MetaContext::base_allocation()).in_flight(IN_FLIGHT);
+            let options =
+                Options::new(&names.export).context(MetaContext::base_allocation()).in_flight(IN_FLIGHT);
             let data = Client::connect_unix(&path, options).await.map_err(failed)?;
             let dirty = match bitmap {
                 None => None,
@@ -450,7 +473,12 @@ impl Taking {
                 }
             };
             if data.size() != plan.disk.size {
-                let context = format!("disk {} has {} bytes, its export {}", plan.disk.name, plan.disk.size, data.size());
+                let context = format!(
+                    "disk {} has {} bytes, its export {}",
+                    plan.disk.name,
+                    plan.disk.size,
+                    data.size()
+                );
                 return Err(Error::new(ErrorKind::Inconsistent, context));
             }
             connections.push((data, dirty));
@@ -514,7 +542,8 @@ impl Taking {
         failures.extend(Chain::new(self.qmp.clone(), disks).roll_back().await.err());
         if let Some(failure) = failures.into_iter().next() {
             tracing::warn!(error = error_chain(&failure), "could not undo everything");
-            return Error::new(ErrorKind::LeftBehind, "the run failed, and something is left in the VM").because(error);
+            return Error::new(ErrorKind::LeftBehind, "the run failed, and something is left in the VM")
+                .because(error);
         }
         error
     }
@@ -530,7 +559,8 @@ impl SnapshotAccess {
         let mut dirty = Vec::new();
         for volume in &self.volumes {
             let bytes = volume.dirty_bytes().await;
-            let failed = |error| Error::new(ErrorKind::Read, format!("map disk {}", volume.name)).because(error);
+            let failed =
+                |error| Error::new(ErrorKind::Read, format!("map disk {}", volume.name)).because(error);
             dirty.push(bytes.map_err(failed)?);
             if volume.dirty.is_some() {
                 let volume = Arc::clone(volume);

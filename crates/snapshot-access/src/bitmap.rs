@@ -81,7 +81,9 @@ impl Chain {
                 }
                 Err(error) => {
                     let error = qmp_error(&format!("drop a bitmap of disk {}", disk.disk), error);
-                    failure.get_or_insert(Error::new(ErrorKind::Qmp, "the bitmaps could not be put in order").because(error));
+                    failure.get_or_insert(
+                        Error::new(ErrorKind::Qmp, "the bitmaps could not be put in order").because(error),
+                    );
                 }
             }
         }

@@ -87,7 +87,10 @@ pub(crate) fn close_listener() -> Command {
 /// The clients are ours alone: one for the map and one for the data of each disk, and some to spare.
 pub(crate) fn start_server(disks: usize) -> Command {
     let address = json!({"type": "fd", "data": {"str": LISTENER}});
-    Command::with("nbd-server-start", json!({"addr": address, "max-connections": disks.saturating_mul(2).saturating_add(2)}))
+    Command::with(
+        "nbd-server-start",
+        json!({"addr": address, "max-connections": disks.saturating_mul(2).saturating_add(2)}),
+    )
 }
 
 pub(crate) fn stop_server() -> Command {
@@ -97,12 +100,20 @@ pub(crate) fn stop_server() -> Command {
 /// A raw image behind a descriptor; `discard` lets space go back to the file system as the backup proceeds.
 pub(crate) fn add_fleecing(node: &NodeName, set: u64) -> Command {
     let file = json!({"driver": "file", "filename": format!("/dev/fdset/{set}"), "locking": "off", "discard": "unmap"});
-    Command::with("blockdev-add", json!({"driver": "raw", "node-name": node, "discard": "unmap", "file": file}))
+    Command::with(
+        "blockdev-add",
+        json!({"driver": "raw", "node-name": node, "discard": "unmap", "file": file}),
+    )
 }
 
 /// The filter, with what keeps the guest out of harm's way (I5): the defaults would turn a full or slow fleecing image
 /// into an I/O error of the guest.
-pub(crate) fn add_filter(node: &NodeName, disk: &NodeName, fleecing: &NodeName, timeout_seconds: u32) -> Command {
+pub(crate) fn add_filter(
+    node: &NodeName,
+    disk: &NodeName,
+    fleecing: &NodeName,
+    timeout_seconds: u32,
+) -> Command {
     Command::with(
         "blockdev-add",
         json!({
@@ -117,7 +128,10 @@ pub(crate) fn add_filter(node: &NodeName, disk: &NodeName, fleecing: &NodeName, 
 }
 
 pub(crate) fn add_access(node: &NodeName, filter: &NodeName) -> Command {
-    Command::with("blockdev-add", json!({"driver": "snapshot-access", "node-name": node, "file": filter, "discard": "unmap"}))
+    Command::with(
+        "blockdev-add",
+        json!({"driver": "snapshot-access", "node-name": node, "file": filter, "discard": "unmap"}),
+    )
 }
 
 pub(crate) fn delete_node(node: &str) -> Command {
@@ -137,8 +151,16 @@ pub(crate) fn delete_export(id: &str) -> Command {
     Command::with("block-export-del", json!({"id": id, "mode": "hard"}))
 }
 
-pub(crate) fn add_bitmap(node: &NodeName, name: &BitmapName, granularity: Granularity, persistent: bool) -> Value {
-    action("block-dirty-bitmap-add", json!({"node": node, "name": name, "granularity": granularity, "persistent": persistent}))
+pub(crate) fn add_bitmap(
+    node: &NodeName,
+    name: &BitmapName,
+    granularity: Granularity,
+    persistent: bool,
+) -> Value {
+    action(
+        "block-dirty-bitmap-add",
+        json!({"node": node, "name": name, "granularity": granularity, "persistent": persistent}),
+    )
 }
 
 /// A bitmap that records nothing by itself.

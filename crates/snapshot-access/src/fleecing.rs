@@ -21,10 +21,12 @@ impl FleecingImage {
     /// A sparse image for a disk of `size` bytes in `directory`.
     pub(crate) fn create(directory: &Path, size: Length) -> Result<Self> {
         let failed = |doing: &str, error: rustix::io::Errno| {
-            Error::new(ErrorKind::Host, format!("{doing} a fleecing image in {}", directory.display())).because(error)
+            Error::new(ErrorKind::Host, format!("{doing} a fleecing image in {}", directory.display()))
+                .because(error)
         };
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        let file = open(directory, flags, Mode::RUSR | Mode::WUSR).map_err(|error| failed("create", error))?;
+        let file =
+            open(directory, flags, Mode::RUSR | Mode::WUSR).map_err(|error| failed("create", error))?;
         // QEMU counts in sectors of 512 bytes and wants the target to be no smaller than the disk.
         let sectors = size.get().checked_next_multiple_of(512).unwrap_or(size.get());
         ftruncate(&file, sectors).map_err(|error| failed("give its size to", error))?;
@@ -39,7 +41,7 @@ impl FleecingImage {
     /// Bytes that it takes of the file system now.
     pub(crate) fn used(&self) -> Length {
         // `st_blocks` counts 512 bytes whatever the file system's block is (POSIX leaves it open, Linux does not).
-        let blocks = fstat(&self.file).map(|stat| stat.st_blocks).unwrap_or(0);
+        let blocks = fstat(&self.file).map_or(0, |stat| stat.st_blocks);
         Length::new(u64::try_from(blocks).unwrap_or(0).saturating_mul(512))
     }
 

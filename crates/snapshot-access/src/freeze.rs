@@ -66,22 +66,36 @@ pub(crate) async fn freeze(agent: Option<&Path>, running: bool) -> Freeze {
     }
     let mut agent = match Agent::connect(path, CONNECT).await {
         Ok(agent) => agent,
-        Err(error) => return Freeze::without(format!("the guest's agent: {}", crate::access::error_chain(&error))),
+        Err(error) => {
+            return Freeze::without(format!("the guest's agent: {}", crate::access::error_chain(&error)));
+        }
     };
     match agent.fsfreeze_status(CONNECT).await {
         Ok(FreezeStatus::Thawed) => {}
         // Someone else's freeze: neither ours to rely on nor ours to end.
-        Ok(FreezeStatus::Frozen) => return Freeze::without("the file systems were already frozen by someone else"),
-        Err(error) => return Freeze::without(format!("the guest's agent: {}", crate::access::error_chain(&error))),
+        Ok(FreezeStatus::Frozen) => {
+            return Freeze::without("the file systems were already frozen by someone else");
+        }
+        Err(error) => {
+            return Freeze::without(format!("the guest's agent: {}", crate::access::error_chain(&error)));
+        }
     }
     let since = Instant::now();
     let frozen = agent.fsfreeze_freeze(FREEZE).await;
     let (consistency, reason) = match frozen {
         Ok(0) => (Consistency::CrashConsistent, "the agent froze no file system".into()),
         Ok(count) => (Consistency::FileSystemConsistent, format!("{count} file systems were frozen")),
-        Err(error) => {
-            (Consistency::CrashConsistent, format!("the freeze failed: {}", crate::access::error_chain(&error)))
-        }
+        Err(error) => (
+            Consistency::CrashConsistent,
+            format!("the freeze failed: {}", crate::access::error_chain(&error)),
+        ),
     };
-    Freeze { agent: Some(agent), since: Some(since), duration: Duration::ZERO, consistency, reason, still_frozen: None }
+    Freeze {
+        agent: Some(agent),
+        since: Some(since),
+        duration: Duration::ZERO,
+        consistency,
+        reason,
+        still_frozen: None,
+    }
 }

@@ -69,7 +69,9 @@ impl Disk {
     /// Bitmaps that record all changes since a point in `target`, with that point and their granularity.
     pub fn usable_bitmaps(&self, target: &TargetId) -> impl Iterator<Item = (&Generation, Granularity)> {
         let of_target = self.bitmaps.iter().filter(move |bitmap| bitmap.target == *target);
-        of_target.filter(|bitmap| bitmap.fault.is_none()).map(|bitmap| (&bitmap.generation, bitmap.granularity))
+        of_target
+            .filter(|bitmap| bitmap.fault.is_none())
+            .map(|bitmap| (&bitmap.generation, bitmap.granularity))
     }
 
     /// Why a bitmap that is there for `target` cannot be relied on, if there is such a one.
@@ -167,7 +169,9 @@ impl Machine {
         let migration: Value = ask(qmp, command::query_migrate()).await?;
         let state = migration.get("status").and_then(Value::as_str).unwrap_or("none");
         if !matches!(state, "none" | "completed" | "failed" | "cancelled") {
-            return Err(refused(format!("a migration of this VM is under way (status {state}); try again when it has ended")));
+            return Err(refused(format!(
+                "a migration of this VM is under way (status {state}); try again when it has ended"
+            )));
         }
         if matches!(self.status.as_str(), "inmigrate" | "postmigrate" | "finish-migrate") {
             return Err(refused(format!("this VM is being migrated (state {})", self.status)));
@@ -208,7 +212,9 @@ impl Machine {
             && inserted.image.format_specific.as_ref().and_then(|specific| specific.pointer("/data/compat"))
                 != Some(&Value::from("0.10"));
         if self.disks.iter().any(|disk| disk.name == name) {
-            return Err(refused(format!("two disks are called {name}; give their front ends ids of their own")));
+            return Err(refused(format!(
+                "two disks are called {name}; give their front ends ids of their own"
+            )));
         }
         self.disks.push(Disk {
             name,
@@ -312,15 +318,18 @@ pub(crate) fn refused(why: impl Into<String>) -> Error {
 }
 
 pub(crate) fn qmp_error(doing: &str, error: stillpoint_qmp::Error) -> Error {
-    Error::new(ErrorKind::Qmp, format!("{doing}")).because(error)
+    Error::new(ErrorKind::Qmp, doing).because(error)
 }
 
 /// Asks and takes the reply apart.
 pub(crate) async fn ask<T: serde::de::DeserializeOwned>(qmp: &Qmp, command: Command) -> Result<T> {
     let what = command.name();
-    let reply = qmp.execute(command).await.map_err(|error| qmp_error(&format!("ask QEMU ({what})"), error))?;
-    serde_json::from_value(reply)
-        .map_err(|error| Error::new(ErrorKind::Inconsistent, format!("QEMU's reply to {what} is not of the known form")).because(error))
+    let reply =
+        qmp.execute(command).await.map_err(|error| qmp_error(&format!("ask QEMU ({what})"), error))?;
+    serde_json::from_value(reply).map_err(|error| {
+        Error::new(ErrorKind::Inconsistent, format!("QEMU's reply to {what} is not of the known form"))
+            .because(error)
+    })
 }
 
 #[cfg(test)]

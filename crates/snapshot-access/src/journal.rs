@@ -5,7 +5,11 @@ use crate::{
     listener::private_directory,
     step::Step,
 };
-use std::{fs::File, io::Write as _, path::{Path, PathBuf}};
+use std::{
+    fs::File,
+    io::Write as _,
+    path::{Path, PathBuf},
+};
 use stillpoint_qmp::Qmp;
 
 /// One line of JSON a step, in the runtime directory: named by QEMU's process, since what it describes ends with it.
@@ -20,7 +24,9 @@ impl Journal {
         private_directory(runtime)?;
         let path = path(runtime, qmp);
         let file = File::options().create(true).append(true).open(&path);
-        let file = file.map_err(|error| Error::new(ErrorKind::Host, format!("open journal {}", path.display())).because(error))?;
+        let file = file.map_err(|error| {
+            Error::new(ErrorKind::Host, format!("open journal {}", path.display())).because(error)
+        })?;
         Ok(Self { file, path })
     }
 

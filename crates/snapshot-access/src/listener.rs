@@ -18,11 +18,16 @@ impl Listener {
     pub(crate) fn bind(runtime: &Path) -> Result<Self> {
         private_directory(runtime)?;
         let directory = tempfile::Builder::new().prefix("nbd-").tempdir_in(runtime).map_err(|error| {
-            Error::new(ErrorKind::Host, format!("create a directory for the NBD socket in {}", runtime.display())).because(error)
+            Error::new(
+                ErrorKind::Host,
+                format!("create a directory for the NBD socket in {}", runtime.display()),
+            )
+            .because(error)
         })?;
         let path = directory.path().join("socket");
-        let socket = UnixListener::bind(&path)
-            .map_err(|error| Error::new(ErrorKind::Host, format!("listen on {}", path.display())).because(error))?;
+        let socket = UnixListener::bind(&path).map_err(|error| {
+            Error::new(ErrorKind::Host, format!("listen on {}", path.display())).because(error)
+        })?;
         Ok(Self { socket, directory: directory.keep() })
     }
 
@@ -55,8 +60,10 @@ pub fn private_directory(path: &Path) -> Result<()> {
         .mode(0o700)
         .create(path)
         .map_err(|error| failed("create directory").because(error))?;
-    let found = std::fs::symlink_metadata(path).map_err(|error| failed("look at directory").because(error))?;
-    let ours = found.is_dir() && found.uid() == rustix::process::geteuid().as_raw() && found.mode() & 0o022 == 0;
+    let found =
+        std::fs::symlink_metadata(path).map_err(|error| failed("look at directory").because(error))?;
+    let ours =
+        found.is_dir() && found.uid() == rustix::process::geteuid().as_raw() && found.mode() & 0o022 == 0;
     if ours { Ok(()) } else { Err(failed("another user could write to")) }
 }
 

@@ -75,7 +75,15 @@ mod test {
 
     #[test]
     fn a_foreign_bitmap_is_never_taken_for_ours() {
-        for foreign in ["", "bitmap0", "stillpoint", "stillpoint-read", "stillpoint.x.y", "stillpoint.0badcafe", "stillpoint.0badcafe.latest"] {
+        for foreign in [
+            "",
+            "bitmap0",
+            "stillpoint",
+            "stillpoint-read",
+            "stillpoint.x.y",
+            "stillpoint.0badcafe",
+            "stillpoint.0badcafe.latest",
+        ] {
             assert_eq!(parse_chain_bitmap(foreign), None, "{foreign}");
         }
     }

@@ -34,7 +34,9 @@ pub struct Instant {
 /// An image that is not to be had here (QEMU in a container, a network disk) is left to `stop`.
 pub(crate) async fn flush_host_caches(images: impl Iterator<Item = PathBuf>) {
     let flushes: Vec<_> = images
-        .map(|image| tokio::task::spawn_blocking(move || File::open(&image).and_then(|file| file.sync_data())))
+        .map(|image| {
+            tokio::task::spawn_blocking(move || File::open(&image).and_then(|file| file.sync_data()))
+        })
         .collect();
     let all = async {
         for flush in flushes {
@@ -57,7 +59,8 @@ pub(crate) async fn switch(qmp: &Qmp, running: bool, switches: Vec<Command>) -> 
     }
     let time = std::time::SystemTime::now();
     let replies = qmp.pipeline(commands).await.map_err(|error| qmp_error("take the instant", error))?;
-    let pause = replies.done.last().map_or(Duration::ZERO, |done| done.saturating_duration_since(replies.sent));
+    let pause =
+        replies.done.last().map_or(Duration::ZERO, |done| done.saturating_duration_since(replies.sent));
     let mut failure = None;
     let mut resumed = !running;
     let last = replies.replies.len().saturating_sub(1);
@@ -73,7 +76,11 @@ pub(crate) async fn switch(qmp: &Qmp, running: bool, switches: Vec<Command>) -> 
     if !resumed {
         // One more try, whatever the reason: a paused guest is the worst that we can leave.
         if let Err(error) = qmp.execute(command::cont()).await {
-            return Err(Error::new(ErrorKind::LeftBehind, "the guest could not be resumed; type `cont` on its monitor").because(error));
+            return Err(Error::new(
+                ErrorKind::LeftBehind,
+                "the guest could not be resumed; type `cont` on its monitor",
+            )
+            .because(error));
         }
     }
     match failure {

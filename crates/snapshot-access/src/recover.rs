@@ -42,9 +42,14 @@ impl LeftOvers {
         let mut ours: Vec<NodeName> = Vec::new();
         let mut steps = Vec::new();
         for node in &nodes {
-            let Some(name) = text(node, "node-name").and_then(|name| name.parse::<NodeName>().ok()) else { continue };
+            let Some(name) = text(node, "node-name").and_then(|name| name.parse::<NodeName>().ok()) else {
+                continue;
+            };
             let bitmaps = node.get("dirty-bitmaps").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
-            if bitmaps.iter().any(|bitmap| bitmap.get("name").and_then(Value::as_str) == Some(names::READ_BITMAP)) {
+            if bitmaps
+                .iter()
+                .any(|bitmap| bitmap.get("name").and_then(Value::as_str) == Some(names::READ_BITMAP))
+            {
                 steps.push(Step::ReadBitmap { node: name.clone() });
             }
             if is_ours(name.as_str()) {
@@ -130,7 +135,8 @@ async fn switched_drives(qmp: &Qmp, blocks: &[Value], journal: &[Step]) -> Resul
         let node = block.pointer("/inserted/node-name").and_then(Value::as_str);
         let qdev = block.get("qdev").and_then(Value::as_str);
         let (Some(node), Some(qdev)) = (node.filter(|node| is_ours(node)), qdev) else { continue };
-        let front_end = if qdev.starts_with('/') { qdev.to_owned() } else { format!("/machine/peripheral/{qdev}") };
+        let front_end =
+            if qdev.starts_with('/') { qdev.to_owned() } else { format!("/machine/peripheral/{qdev}") };
         let below = match &mut below {
             Some(below) => below,
             None => below.insert(nodes_below(qmp).await),
@@ -140,8 +146,12 @@ async fn switched_drives(qmp: &Qmp, blocks: &[Value], journal: &[Step]) -> Resul
             _ => None,
         });
         let named = |name: &str| name.parse::<NodeName>().ok();
-        let (Some(filter), Some(original)) = (named(node), below.get(node).and_then(|name| named(name)).or(journaled)) else {
-            let context = format!("front end {front_end} is on our filter {node}, and nothing tells which node it had before");
+        let (Some(filter), Some(original)) =
+            (named(node), below.get(node).and_then(|name| named(name)).or(journaled))
+        else {
+            let context = format!(
+                "front end {front_end} is on our filter {node}, and nothing tells which node it had before"
+            );
             return Err(Error::new(ErrorKind::LeftBehind, context));
         };
         drives.push(Step::Drive { front_end, filter, original });

@@ -52,7 +52,9 @@ impl Step {
             Self::FdSet { opaque } => remove_fd_sets(qmp, opaque).await,
             Self::Node { name } => delete_node(qmp, name).await,
             Self::NewBitmap { .. } => Ok(()),
-            Self::ReadBitmap { node } => gone(qmp, command::remove_bitmap(node.as_str(), names::READ_BITMAP)).await,
+            Self::ReadBitmap { node } => {
+                gone(qmp, command::remove_bitmap(node.as_str(), names::READ_BITMAP)).await
+            }
             Self::Drive { front_end, filter, original } => drive_back(qmp, front_end, filter, original).await,
             Self::Export { id } => delete_export(qmp, id).await,
         }
@@ -112,7 +114,8 @@ async fn delete_node(qmp: &Qmp, name: &NodeName) -> Result<()> {
         Ok(_) => Ok(()),
         Err(error) if error.class().is_some() => {
             let nodes: Vec<Value> = ask(qmp, command::query_nodes()).await?;
-            let there = nodes.iter().any(|node| node.get("node-name").and_then(Value::as_str) == Some(name.as_str()));
+            let there =
+                nodes.iter().any(|node| node.get("node-name").and_then(Value::as_str) == Some(name.as_str()));
             if there { Err(qmp_error(&format!("remove block node {name}"), error)) } else { Ok(()) }
         }
         Err(error) => Err(qmp_error(&format!("remove block node {name}"), error)),
@@ -140,7 +143,10 @@ async fn current_node(qmp: &Qmp, front_end: &str) -> Result<Option<String>> {
         let qdev = block.get("qdev").and_then(Value::as_str);
         qdev == Some(front_end) || (bare.is_some() && qdev == bare)
     });
-    Ok(block.and_then(|block| block.pointer("/inserted/node-name")).and_then(Value::as_str).map(str::to_owned))
+    Ok(block
+        .and_then(|block| block.pointer("/inserted/node-name"))
+        .and_then(Value::as_str)
+        .map(str::to_owned))
 }
 
 /// Removes an export and awaits its end, which is told by an event: until then its node is in use.
@@ -148,7 +154,9 @@ async fn delete_export(qmp: &Qmp, id: &str) -> Result<()> {
     let events = qmp.events();
     gone(qmp, command::delete_export(id)).await?;
     let waited = tokio::time::timeout(EXPORT_GONE, await_export_gone(qmp, id, events)).await;
-    waited.unwrap_or_else(|_| Err(Error::new(ErrorKind::LeftBehind, format!("QEMU does not let go of NBD export {id}"))))
+    waited.unwrap_or_else(|_| {
+        Err(Error::new(ErrorKind::LeftBehind, format!("QEMU does not let go of NBD export {id}")))
+    })
 }
 
 async fn await_export_gone(qmp: &Qmp, id: &str, mut events: EventStream) -> Result<()> {

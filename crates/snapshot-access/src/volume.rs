@@ -109,13 +109,17 @@ impl AccessVolume {
         let rest = Length::new(self.size.get().saturating_sub(from.get()));
         let Some((client, context)) = &self.dirty else {
             let window = Length::new(rest.get().min(MAP_WINDOW.get()));
-            let range = Range::new(from, window).map_err(|error| self.unreadable("map", None).because(error))?;
+            let range =
+                Range::new(from, window).map_err(|error| self.unreadable("map", None).because(error))?;
             return Ok(vec![Extent { range, kind: ExtentKind::Data }]);
         };
         let map = self.unless_stopped(client.map(context, from, MAP_WINDOW)).await?;
         let map = map.map_err(|error| self.unreadable("ask for what changed on", None).because(error))?;
         let kind = |dirty| if dirty { ExtentKind::Data } else { ExtentKind::Clean };
-        Ok(map.into_iter().map(|part| Extent { range: part.range, kind: kind(part.is_dirty(context)) }).collect())
+        Ok(map
+            .into_iter()
+            .map(|part| Extent { range: part.range, kind: kind(part.is_dirty(context)) })
+            .collect())
     }
 
     /// Splits a part that has to be read into what reads as zeroes and what does not.
@@ -154,7 +158,9 @@ impl AccessVolume {
     }
 
     async fn read_pieces(&self, range: Range) -> Result<Bytes> {
-        let read = |part: Range| async move { self.data.read(part).await.map_err(|error| self.describe(part, error)) };
+        let read = |part: Range| async move {
+            self.data.read(part).await.map_err(|error| self.describe(part, error))
+        };
         let mut parts = range.chunks(self.piece).peekable();
         let first = parts.next();
         if parts.peek().is_none() {
@@ -204,7 +210,9 @@ impl AccessVolume {
     }
 
     fn unreadable(&self, doing: &str, range: Option<Range>) -> Error {
-        let place = range.map(|range| format!(" at {} ({} bytes)", range.start(), range.length())).unwrap_or_default();
+        let place = range
+            .map(|range| format!(" at {} ({} bytes)", range.start(), range.length()))
+            .unwrap_or_default();
         Error::new(ErrorKind::Source, format!("cannot {doing} disk {}{place}", self.name))
     }
 
@@ -220,7 +228,9 @@ impl AccessVolume {
             Some(free) if free.get() < 16 << 20 => {
                 format!("the file system of {where_} is full ({free} bytes free)")
             }
-            _ => format!("fleecing storage in {where_} failed or was too slow, or the part was not to be read"),
+            _ => {
+                format!("fleecing storage in {where_} failed or was too slow, or the part was not to be read")
+            }
         };
         let context = format!(
             "disk {} can no longer be read as it was at the point (at {}): {why}; the fleecing image holds {used} bytes and \

@@ -13,8 +13,8 @@ use crate::{
 use std::time::Instant;
 use stillpoint_model::{Granularity, Length, PointId, TargetId, VmName};
 use stillpoint_provider::{
-    Backup, BitmapMode, ConfigFile, ConfigRole, Consistency, DiskOffer, DiskRecord, ErrorKind as ProviderErrorKind,
-    Incremental, OfferedBitmap, PointRecord, Provider, VolumeReport,
+    Backup, BitmapMode, ConfigFile, ConfigRole, Consistency, DiskOffer, DiskRecord,
+    ErrorKind as ProviderErrorKind, Incremental, OfferedBitmap, PointRecord, Provider, VolumeReport,
 };
 use stillpoint_qmp::Qmp;
 use stillpoint_snapshot_access::{
@@ -54,7 +54,8 @@ impl Job<'_> {
         };
         vm::recover(&qmp, &again).await?;
         let machine = Machine::inspect(&qmp).await.map_err(|error| {
-            let exit = if error.kind() == AccessErrorKind::LeftBehind { Exit::LeftBehind } else { Exit::Failed };
+            let exit =
+                if error.kind() == AccessErrorKind::LeftBehind { Exit::LeftBehind } else { Exit::Failed };
             Failure::because(exit, "this VM cannot be backed up as it is", &error).guest(Guest::Untouched)
         })?;
         let name = self.vm_name(&machine)?;
@@ -80,10 +81,14 @@ impl Job<'_> {
         }
         let hint = format!("stillpoint backup NAME --qmp {} ...", self.vm.qmp.display());
         let Some(name) = &machine.name else {
-            return Err(Failure::usage("QEMU has no name for this VM (-name)").guest(Guest::Untouched).next(hint));
+            return Err(Failure::usage("QEMU has no name for this VM (-name)")
+                .guest(Guest::Untouched)
+                .next(hint));
         };
         name.parse().map_err(|error| {
-            Failure::because(Exit::Usage, "QEMU's name for this VM cannot name its points", &error).guest(Guest::Untouched).next(hint)
+            Failure::because(Exit::Usage, "QEMU's name for this VM cannot name its points", &error)
+                .guest(Guest::Untouched)
+                .next(hint)
         })
     }
 
@@ -95,13 +100,17 @@ impl Job<'_> {
             let known = machine.disks.iter().any(|disk| disk.name == *unknown)
                 || machine.obstacles.iter().any(|(disk, _)| disk == unknown);
             if !known {
-                return Err(Failure::usage(format!("VM {name} has no disk {unknown} to exclude")).guest(Guest::Untouched));
+                return Err(Failure::usage(format!("VM {name} has no disk {unknown} to exclude"))
+                    .guest(Guest::Untouched));
             }
         }
         if let Some((disk, why)) = machine.obstacles.iter().find(|(disk, _)| !excluded(disk)) {
-            return Err(Failure::new(Exit::Failed, format!("disk {disk} of VM {name} cannot be backed up: {why}"))
-                .guest(Guest::Untouched)
-                .next(format!("change that, or leave the disk out: exclude = [\"{disk}\"] under [vm.{name}]")));
+            return Err(Failure::new(
+                Exit::Failed,
+                format!("disk {disk} of VM {name} cannot be backed up: {why}"),
+            )
+            .guest(Guest::Untouched)
+            .next(format!("change that, or leave the disk out: exclude = [\"{disk}\"] under [vm.{name}]")));
         }
         Ok(machine.disks.iter().filter(|disk| !excluded(&disk.name)).cloned().collect())
     }
@@ -112,19 +121,29 @@ impl Job<'_> {
         let mut files: Vec<ConfigFile> = Vec::new();
         for (path, role) in guest.chain(firewall) {
             let failed = |error: &dyn std::error::Error| {
-                Failure::because(Exit::Failed, format!("cannot read {}", path.display()), error).guest(Guest::Untouched)
+                Failure::because(Exit::Failed, format!("cannot read {}", path.display()), error)
+                    .guest(Guest::Untouched)
             };
             let size = std::fs::metadata(path).map_err(|error| failed(&error))?.len();
             if size > CONFIG_FILE_MOST {
-                return Err(Failure::usage(format!("{} has {size} bytes; that is no configuration file", path.display()))
-                    .guest(Guest::Untouched));
+                return Err(Failure::usage(format!(
+                    "{} has {size} bytes; that is no configuration file",
+                    path.display()
+                ))
+                .guest(Guest::Untouched));
             }
             let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            let name: stillpoint_model::DiskName = name.parse().map_err(|error: stillpoint_model::NameError| failed(&error))?;
+            let name: stillpoint_model::DiskName =
+                name.parse().map_err(|error: stillpoint_model::NameError| failed(&error))?;
             if files.iter().any(|file| file.name == name) {
-                return Err(Failure::usage(format!("two configuration files are called {name}")).guest(Guest::Untouched));
+                return Err(Failure::usage(format!("two configuration files are called {name}"))
+                    .guest(Guest::Untouched));
             }
-            files.push(ConfigFile { name, role, content: std::fs::read(path).map_err(|error| failed(&error))? });
+            files.push(ConfigFile {
+                name,
+                role,
+                content: std::fs::read(path).map_err(|error| failed(&error))?,
+            });
         }
         Ok(files)
     }
@@ -146,10 +165,16 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    async fn backup(&self, disks: Vec<Disk>, config: Vec<ConfigFile>, interrupt: &Interrupt) -> Result<Summary, Failure> {
+    async fn backup(
+        &self,
+        disks: Vec<Disk>,
+        config: Vec<ConfigFile>,
+        interrupt: &Interrupt,
+    ) -> Result<Summary, Failure> {
         let started = Instant::now();
         let point = new_point().map_err(|error| {
-            Failure::because(Exit::Failed, "the kernel gives no random number", &error).guest(Guest::Untouched)
+            Failure::because(Exit::Failed, "the kernel gives no random number", &error)
+                .guest(Guest::Untouched)
         })?;
         let backup = self.job.provider.backup_init(&self.name, &point).await;
         let mut backup = backup.map_err(|error| provider_failure(&error, Guest::Untouched))?;
@@ -211,12 +236,18 @@ impl Run<'_> {
         let mut exit = Exit::Done;
         let peak = torn_down.unwrap_or_else(|error| {
             exit = Exit::LeftBehind;
-            warnings.push(format!("the point is good, but {}; type: {}", crate::failure::chain(&error), self.recover));
+            warnings.push(format!(
+                "the point is good, but {}; type: {}",
+                crate::failure::chain(&error),
+                self.recover
+            ));
             Length::ZERO
         });
         if let Some(frozen) = still_frozen {
             exit = Exit::LeftBehind;
-            warnings.push(format!("{frozen}; log in to the guest and type: fsfreeze --unfreeze / (for each file system)"));
+            warnings.push(format!(
+                "{frozen}; log in to the guest and type: fsfreeze --unfreeze / (for each file system)"
+            ));
         }
         let disks = decided.iter().zip(&states).zip(&reports).zip(&record.disks);
         let disks = disks.map(|(((_, state), report), record)| DiskSummary {
@@ -244,8 +275,10 @@ impl Run<'_> {
     async fn decide(&self, backup: &mut dyn Backup, disks: Vec<Disk>) -> Result<Vec<Decided>, Failure> {
         let offer = |disk: &Disk| {
             let usable = disk.usable_bitmaps(&self.target);
-            let bitmaps =
-                usable.map(|(generation, granularity)| OfferedBitmap { generation: generation.clone(), granularity });
+            let bitmaps = usable.map(|(generation, granularity)| OfferedBitmap {
+                generation: generation.clone(),
+                granularity,
+            });
             DiskOffer {
                 name: disk.name.clone(),
                 size: disk.size,
@@ -256,13 +289,20 @@ impl Run<'_> {
         let answers = backup.backup_vm_query_incremental(&offers).await;
         let answers = answers.map_err(|error| provider_failure(&error, Guest::Untouched))?;
         if answers.len() != disks.len() {
-            let what = format!("{} answered for {} of {} disks", self.job.provider.name(), answers.len(), disks.len());
+            let what = format!(
+                "{} answered for {} of {} disks",
+                self.job.provider.name(),
+                answers.len(),
+                disks.len()
+            );
             return Err(Failure::new(Exit::Failed, what).guest(Guest::Untouched));
         }
         let decide = |((disk, offer), answer): ((Disk, DiskOffer), Incremental)| {
             let (mode, reason) = match answer {
                 // An answer that was not offered would make an incremental on nothing (I4).
-                Incremental::Since(generation) if offer.bitmaps.iter().any(|bitmap| bitmap.generation == generation) => {
+                Incremental::Since(generation)
+                    if offer.bitmaps.iter().any(|bitmap| bitmap.generation == generation) =>
+                {
                     let reason = format!("changes since {generation}");
                     (ReadMode::Since(generation), reason)
                 }
@@ -307,24 +347,34 @@ impl Run<'_> {
         watcher.abort();
         match result {
             Ok(reports) if reports.len() == access.disks().len() => Ok(reports),
-            Ok(_) => Err(Failure::new(Exit::Failed, "the provider did not report on every disk").guest(Guest::Unharmed)),
+            Ok(_) => Err(Failure::new(Exit::Failed, "the provider did not report on every disk")
+                .guest(Guest::Unharmed)),
             Err(_) if interrupt.is_set() => Err(interrupted(Guest::Unharmed)),
             Err(error) => Err(provider_failure(&error, Guest::Unharmed)),
         }
     }
 
     /// I3: the old bitmap goes only after the provider has said that the point is durable.
-    async fn commit(&self, backup: &mut dyn Backup, record: &PointRecord, chain: Chain) -> Result<(), Failure> {
+    async fn commit(
+        &self,
+        backup: &mut dyn Backup,
+        record: &PointRecord,
+        chain: Chain,
+    ) -> Result<(), Failure> {
         match backup.commit(record).await {
             Ok(()) => {
                 if let Err(error) = chain.commit().await {
-                    tracing::warn!(error = crate::failure::chain(&error), "old bitmaps stay until the next run");
+                    tracing::warn!(
+                        error = crate::failure::chain(&error),
+                        "old bitmaps stay until the next run"
+                    );
                 }
                 Ok(())
             }
             Err(error) if error.kind() == ProviderErrorKind::CommitUnknown => {
                 chain.keep_both();
-                Err(provider_failure(&error, Guest::Unharmed).next("run the backup again; it finds out which point is there"))
+                Err(provider_failure(&error, Guest::Unharmed)
+                    .next("run the backup again; it finds out which point is there"))
             }
             Err(error) => {
                 let rolled_back = chain.roll_back().await.err();
@@ -334,7 +384,12 @@ impl Run<'_> {
     }
 
     /// A VM without disks still has a configuration worth a point.
-    async fn configuration_only(&self, backup: &mut dyn Backup, point: &PointId, config: &[ConfigFile]) -> Result<Summary, Failure> {
+    async fn configuration_only(
+        &self,
+        backup: &mut dyn Backup,
+        point: &PointId,
+        config: &[ConfigFile],
+    ) -> Result<Summary, Failure> {
         let stored = backup.backup_vm(config, Vec::new()).await;
         stored.map_err(|error| provider_failure(&error, Guest::Untouched))?;
         let record = self.record(point, &[], None);
@@ -399,7 +454,11 @@ impl Run<'_> {
                 .next(self.recover.clone());
         }
         let failure = Failure::because(Exit::Failed, format!("no point of VM {} was made", self.name), error);
-        failure.guest(if error.kind() == AccessErrorKind::Refused { Guest::Untouched } else { Guest::Unharmed })
+        failure.guest(if error.kind() == AccessErrorKind::Refused {
+            Guest::Untouched
+        } else {
+            Guest::Unharmed
+        })
     }
 
     /// The failure itself, unless cleaning up after it failed too.
@@ -441,11 +500,17 @@ pub(crate) fn provider_failure(error: &stillpoint_provider::Error, guest: Guest)
         guest => failure.guest(guest),
     };
     match error.kind() {
-        ProviderErrorKind::TargetMissing => failure.next("check the path, or mount the target, then try again"),
-        ProviderErrorKind::TargetReadOnly => failure.next("mount the target for writing, or run as a user that may write there"),
+        ProviderErrorKind::TargetMissing => {
+            failure.next("check the path, or mount the target, then try again")
+        }
+        ProviderErrorKind::TargetReadOnly => {
+            failure.next("mount the target for writing, or run as a user that may write there")
+        }
         ProviderErrorKind::TargetFull => failure.next("make room in the target, then try again"),
         ProviderErrorKind::Locked => failure.next("wait for that run to end, then try again"),
-        ProviderErrorKind::Damaged => failure.next("stillpoint verify, to see what is damaged; stillpoint points, for points before it"),
+        ProviderErrorKind::Damaged => {
+            failure.next("stillpoint verify, to see what is damaged; stillpoint points, for points before it")
+        }
         ProviderErrorKind::NotFound => failure.next("stillpoint points, to see what there is"),
         _ => failure,
     }

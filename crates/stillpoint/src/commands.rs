@@ -65,7 +65,9 @@ async fn backup(path: &Path, arguments: cli::Backup) -> Exit {
     };
     let interrupt = match Interrupt::listen() {
         Ok(interrupt) => interrupt,
-        Err(error) => return fail(None, &Failure::because(Exit::Failed, "cannot listen for signals", &error)),
+        Err(error) => {
+            return fail(None, &Failure::because(Exit::Failed, "cannot listen for signals", &error));
+        }
     };
     for (name, vm) in &vms {
         let job = Job {
@@ -139,8 +141,12 @@ async fn points(path: &Path, arguments: &cli::Points) -> Result<Exit, Failure> {
         note(format!("no point in {}", provider.name()));
         return Ok(Exit::Done);
     }
-    let width = found.iter().map(|point| point.vm.as_str().len()).max().unwrap_or(0).saturating_add(26).max(5);
-    print(format!("{:width$}  {:23}  {:>5}  {:>9}  {:>9}  {}", "point", "time", "disks", "size", "stored", "read"));
+    let width =
+        found.iter().map(|point| point.vm.as_str().len()).max().unwrap_or(0).saturating_add(26).max(5);
+    print(format!(
+        "{:width$}  {:23}  {:>5}  {:>9}  {:>9}  {}",
+        "point", "time", "disks", "size", "stored", "read"
+    ));
     for point in &found {
         let name = format!("{}/{}", point.vm, point.id);
         match &point.record {
@@ -153,7 +159,8 @@ async fn points(path: &Path, arguments: &cli::Points) -> Result<Exit, Failure> {
                     _ if reused == 0 => "full".to_owned(),
                     all => format!("{} of {all} full", all.saturating_sub(reused)),
                 };
-                let damage = point.damage.as_ref().map(|damage| format!("  DAMAGED: {damage}")).unwrap_or_default();
+                let damage =
+                    point.damage.as_ref().map(|damage| format!("  DAMAGED: {damage}")).unwrap_or_default();
                 print(format!(
                     "{name:width$}  {:23}  {:>5}  {:>9}  {:>9}  {read}{damage}",
                     record.time,
@@ -162,7 +169,9 @@ async fn points(path: &Path, arguments: &cli::Points) -> Result<Exit, Failure> {
                     text::bytes(point.stored)
                 ));
             }
-            None => print(format!("{name:width$}  DAMAGED: {}", point.damage.as_deref().unwrap_or("unreadable"))),
+            None => {
+                print(format!("{name:width$}  DAMAGED: {}", point.damage.as_deref().unwrap_or("unreadable")))
+            }
         }
     }
     Ok(Exit::Done)
@@ -208,9 +217,11 @@ async fn verify(path: &Path, arguments: &cli::Verify) -> Result<Exit, Failure> {
         if !report.findings.is_empty() {
             damaged = damaged.saturating_add(1);
         }
-        let findings: Vec<_> = report.findings.iter().map(|finding| {
-            json!({"disk": finding.disk, "offset": finding.offset, "what": finding.what})
-        }).collect();
+        let findings: Vec<_> = report
+            .findings
+            .iter()
+            .map(|finding| json!({"disk": finding.disk, "offset": finding.offset, "what": finding.what}))
+            .collect();
         results.push(json!({"vm": vm, "point": id, "checked_bytes": report.checked, "findings": findings}));
         if arguments.json {
             continue;

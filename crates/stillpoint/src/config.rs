@@ -49,7 +49,14 @@ pub(crate) struct Vm {
 impl Vm {
     /// A VM that is only known by its monitor's socket.
     pub(crate) fn at(qmp: PathBuf, agent: Option<PathBuf>) -> Self {
-        Self { qmp, agent, config: Vec::new(), firewall: None, exclude: Vec::new(), fleecing: Fleecing::default() }
+        Self {
+            qmp,
+            agent,
+            config: Vec::new(),
+            firewall: None,
+            exclude: Vec::new(),
+            fleecing: Fleecing::default(),
+        }
     }
 }
 
@@ -119,10 +126,13 @@ impl Config {
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
-            Err(error) => return Err(Failure::usage(format!("cannot read configuration {}: {error}", path.display()))),
+            Err(error) => {
+                return Err(Failure::usage(format!("cannot read configuration {}: {error}", path.display())));
+            }
         };
-        toml::from_str(&text)
-            .map_err(|error| Failure::usage(format!("configuration {}: {}", path.display(), error.to_string().trim_end())))
+        toml::from_str(&text).map_err(|error| {
+            Failure::usage(format!("configuration {}: {}", path.display(), error.to_string().trim_end()))
+        })
     }
 
     /// The VM of that name.
@@ -131,8 +141,9 @@ impl Config {
     /// If the file has no such VM.
     pub(crate) fn vm(&self, name: &VmName, path: &Path) -> Result<&Vm, Failure> {
         self.vm.get(name).ok_or_else(|| {
-            Failure::usage(format!("there is no VM {name} in {}", path.display()))
-                .next(format!("add [vm.{name}] with its `qmp` socket there, or name the socket with --qmp SOCKET"))
+            Failure::usage(format!("there is no VM {name} in {}", path.display())).next(format!(
+                "add [vm.{name}] with its `qmp` socket there, or name the socket with --qmp SOCKET"
+            ))
         })
     }
 
@@ -147,13 +158,22 @@ impl Config {
         let known = || self.target.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
         let (name, target) = match &place.target {
             Some(name) => self.target.get_key_value(name).ok_or_else(|| {
-                let known = if self.target.is_empty() { "it has none".into() } else { format!("it has {}", known()) };
-                Failure::usage(format!("there is no target {} in {}: {known}", name.escape_debug(), path.display()))
+                let known =
+                    if self.target.is_empty() { "it has none".into() } else { format!("it has {}", known()) };
+                Failure::usage(format!(
+                    "there is no target {} in {}: {known}",
+                    name.escape_debug(),
+                    path.display()
+                ))
             })?,
-            None if self.target.len() == 1 => self.target.iter().next().ok_or_else(|| Failure::usage("no target"))?,
+            None if self.target.len() == 1 => {
+                self.target.iter().next().ok_or_else(|| Failure::usage("no target"))?
+            }
             None if self.target.is_empty() => {
-                return Err(Failure::usage("nothing says where the points are kept")
-                    .next(format!("name a directory with --to DIRECTORY, or add a [target.NAME] to {}", path.display())));
+                return Err(Failure::usage("nothing says where the points are kept").next(format!(
+                    "name a directory with --to DIRECTORY, or add a [target.NAME] to {}",
+                    path.display()
+                )));
             }
             None => {
                 return Err(Failure::usage(format!("which target? {} has {}", path.display(), known()))
@@ -163,7 +183,9 @@ impl Config {
         match (target.provider.as_str(), &target.directory) {
             ("directory", Some(directory)) => Ok(Box::new(DirectoryProvider::new(directory.clone()))),
             ("directory", None) => Err(Failure::usage(format!("target {name} says no `directory`"))),
-            (other, _) => Err(Failure::usage(format!("target {name}: there is no provider {other:?}; there is \"directory\""))),
+            (other, _) => Err(Failure::usage(format!(
+                "target {name}: there is no provider {other:?}; there is \"directory\""
+            ))),
         }
     }
 }

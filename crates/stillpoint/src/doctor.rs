@@ -91,7 +91,12 @@ async fn look_at_vm(name: &str, vm: &Vm, report: &mut Report) {
     };
     for disk in &machine.disks {
         let excluded = if vm.exclude.contains(&disk.name) { ", excluded" } else { "" };
-        report.good(format!("disk {} ({}, {}{excluded})", disk.name, crate::text::bytes(disk.size), disk.format));
+        report.good(format!(
+            "disk {} ({}, {}{excluded})",
+            disk.name,
+            crate::text::bytes(disk.size),
+            disk.format
+        ));
     }
     for (disk, why) in &machine.obstacles {
         if !vm.exclude.contains(disk) {
@@ -103,11 +108,21 @@ async fn look_at_vm(name: &str, vm: &Vm, report: &mut Report) {
     match rustix::fs::statvfs(fleecing) {
         Ok(system) => {
             let free = stillpoint_model::Length::new(system.f_bavail.saturating_mul(system.f_frsize));
-            report.good(format!("{} for fleecing images, {} free", fleecing.display(), crate::text::bytes(free)));
+            report.good(format!(
+                "{} for fleecing images, {} free",
+                fleecing.display(),
+                crate::text::bytes(free)
+            ));
         }
         Err(error) => {
-            let next = format!("mkdir -p {}, or name another under [vm.{name}]: fleecing = {{ directory = ... }}", fleecing.display());
-            report.bad(format!("no directory {} for fleecing images: {error}", fleecing.display()), Some(&next));
+            let next = format!(
+                "mkdir -p {}, or name another under [vm.{name}]: fleecing = {{ directory = ... }}",
+                fleecing.display()
+            );
+            report.bad(
+                format!("no directory {} for fleecing images: {error}", fleecing.display()),
+                Some(&next),
+            );
         }
     }
     for file in vm.config.iter().chain(&vm.firewall) {
@@ -141,7 +156,9 @@ async fn look_at_target(config: &Config, path: &Path, arguments: &cli::Doctor, r
                     report.bad(format!("{}/{}: {damage}", point.vm, point.id), Some(&next));
                 }
             }
-            Err(error) => report.bad(crate::failure::chain(&error), Some("check the path, or mount the target")),
+            Err(error) => {
+                report.bad(crate::failure::chain(&error), Some("check the path, or mount the target"))
+            }
         }
     }
 }

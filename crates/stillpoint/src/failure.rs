@@ -35,7 +35,8 @@ impl Exit {
 
     /// Of several VMs in one run: the status that asks most of its reader.
     pub fn worst(self, other: Self) -> Self {
-        let order = [Self::Done, Self::Locked, Self::Usage, Self::Failed, Self::LeftBehind, Self::Interrupted];
+        let order =
+            [Self::Done, Self::Locked, Self::Usage, Self::Failed, Self::LeftBehind, Self::Interrupted];
         let rank = |exit: Self| order.iter().position(|one| *one == exit);
         if rank(self) >= rank(other) { self } else { other }
     }
@@ -159,7 +160,9 @@ mod test {
 
     #[test]
     fn a_failure_tells_guest_points_and_what_to_type() {
-        let failure = Failure::new(Exit::Failed, "disk vda: gone").guest(Guest::Unharmed).next("stillpoint doctor web01");
+        let failure = Failure::new(Exit::Failed, "disk vda: gone")
+            .guest(Guest::Unharmed)
+            .next("stillpoint doctor web01");
         let text = failure.to_string();
         assert_eq!(text.lines().count(), 4, "{text}");
         assert!(text.contains("next:   stillpoint doctor web01"), "{text}");

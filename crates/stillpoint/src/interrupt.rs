@@ -17,7 +17,9 @@ impl Interrupt {
     /// If the kernel refuses a handler.
     pub(crate) fn listen() -> std::io::Result<Self> {
         let (sender, receiver) = watch::channel(false);
-        for kind in [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup(), SignalKind::quit()] {
+        for kind in
+            [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup(), SignalKind::quit()]
+        {
             let mut signals = signal(kind)?;
             let sender = sender.clone();
             tokio::spawn(async move {

@@ -36,11 +36,13 @@ impl VmLock {
     /// Exit status 4 if another run holds it.
     pub(crate) fn take(runtime: &Path, qmp: &Path) -> Result<Self, Failure> {
         let failed = |doing: &str, error: &dyn std::error::Error| {
-            Failure::because(Exit::Failed, format!("cannot {doing} the lock in {}", runtime.display()), error).guest(Guest::Untouched)
+            Failure::because(Exit::Failed, format!("cannot {doing} the lock in {}", runtime.display()), error)
+                .guest(Guest::Untouched)
         };
         stillpoint_snapshot_access::private_directory(runtime).map_err(|error| failed("make", &error))?;
         // Where there is no socket, connecting will say so in better words.
-        let name = std::fs::metadata(qmp).map_or_else(|_| "none".into(), |found| format!("{:x}-{:x}", found.dev(), found.ino()));
+        let name = std::fs::metadata(qmp)
+            .map_or_else(|_| "none".into(), |found| format!("{:x}-{:x}", found.dev(), found.ino()));
         let path = runtime.join(format!("vm-{name}.lock"));
         let mut file = File::options()
             .create(true)
@@ -58,11 +60,21 @@ impl VmLock {
                 let holder = serde_json::from_str::<Holder>(&text);
                 let who = holder.map_or_else(
                     |_| "another run".to_owned(),
-                    |holder| format!("process {} ({}, since {})", holder.pid, holder.command.escape_debug(), holder.started.escape_debug()),
+                    |holder| {
+                        format!(
+                            "process {} ({}, since {})",
+                            holder.pid,
+                            holder.command.escape_debug(),
+                            holder.started.escape_debug()
+                        )
+                    },
                 );
-                return Err(Failure::new(Exit::Locked, format!("the VM at {} is locked by {who}", qmp.display()))
-                    .guest(Guest::Untouched)
-                    .next("wait for that run to end, then try again"));
+                return Err(Failure::new(
+                    Exit::Locked,
+                    format!("the VM at {} is locked by {who}", qmp.display()),
+                )
+                .guest(Guest::Untouched)
+                .next("wait for that run to end, then try again"));
             }
             Err(error) => return Err(failed("take", &error)),
         }

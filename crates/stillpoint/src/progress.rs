@@ -69,7 +69,10 @@ pub(crate) struct BytesProgress(ProgressBar);
 impl BytesProgress {
     /// A line that begins with `what`.
     pub(crate) fn start(shown: bool, what: impl Into<String>) -> Self {
-        let bar = bar(shown, "{prefix} [{bar:28}] {percent:>3} %  {binary_bytes}, {binary_bytes_per_sec}, {eta} left");
+        let bar = bar(
+            shown,
+            "{prefix} [{bar:28}] {percent:>3} %  {binary_bytes}, {binary_bytes_per_sec}, {eta} left",
+        );
         bar.set_prefix(what.into());
         Self(bar)
     }

@@ -53,7 +53,8 @@ pub(crate) async fn run(path: &Path, arguments: &cli::Restore) -> Result<Exit, F
     if with_config {
         refuse_existing(&output, "config")?;
     }
-    let interrupt = Interrupt::listen().map_err(|error| Failure::because(Exit::Failed, "cannot listen for signals", &error))?;
+    let interrupt = Interrupt::listen()
+        .map_err(|error| Failure::because(Exit::Failed, "cannot listen for signals", &error))?;
     let started = Instant::now();
     let progress = Arc::new(BytesProgress::start(watched(), format!("{}/{id}", arguments.point.vm)));
     let total: Length = disks.iter().map(|(_, size)| *size).sum();
@@ -64,7 +65,11 @@ pub(crate) async fn run(path: &Path, arguments: &cli::Restore) -> Result<Exit, F
     written?;
     let elapsed = started.elapsed();
     for (name, size) in &disks {
-        print(format!("{}  {}", arguments.output.join(format!("{name}.{extension}")).display(), text::bytes(*size)));
+        print(format!(
+            "{}  {}",
+            arguments.output.join(format!("{name}.{extension}")).display(),
+            text::bytes(*size)
+        ));
     }
     print(format!(
         "restored {}/{id}: {} in {} ({}/s), every byte compared with what was recorded",
@@ -76,9 +81,13 @@ pub(crate) async fn run(path: &Path, arguments: &cli::Restore) -> Result<Exit, F
     Ok(Exit::Done)
 }
 
-fn open_output(arguments: &cli::Restore) -> Result<(Directory, stillpoint_image::Format, &'static str), Failure> {
-    let output = Directory::open_or_create(&arguments.output)
-        .map_err(|error| Failure::because(Exit::Failed, "cannot write there", &error).next("name another directory with --output"))?;
+fn open_output(
+    arguments: &cli::Restore,
+) -> Result<(Directory, stillpoint_image::Format, &'static str), Failure> {
+    let output = Directory::open_or_create(&arguments.output).map_err(|error| {
+        Failure::because(Exit::Failed, "cannot write there", &error)
+            .next("name another directory with --output")
+    })?;
     Ok(match arguments.format {
         Format::Raw => (output, stillpoint_image::Format::Raw, "raw"),
         Format::Qcow2 => (output, stillpoint_image::Format::Qcow2, "qcow2"),
@@ -89,8 +98,11 @@ fn refuse_existing(output: &Directory, name: &str) -> Result<(), Failure> {
     let path = output.path().join(name);
     match output.contains(name) {
         Ok(false) => Ok(()),
-        Ok(true) => Err(Failure::new(Exit::Failed, format!("{} is there already; nothing is overwritten", path.display()))
-            .next("name an empty directory with --output")),
+        Ok(true) => Err(Failure::new(
+            Exit::Failed,
+            format!("{} is there already; nothing is overwritten", path.display()),
+        )
+        .next("name an empty directory with --output")),
         Err(error) => Err(Failure::because(Exit::Failed, "cannot look there", &error)),
     }
 }
@@ -104,7 +116,12 @@ struct Writing<'a> {
 }
 
 impl Writing<'_> {
-    async fn all(&self, restore: &dyn Restore, disks: &[(DiskName, Length)], with_config: bool) -> Result<(), Failure> {
+    async fn all(
+        &self,
+        restore: &dyn Restore,
+        disks: &[(DiskName, Length)],
+        with_config: bool,
+    ) -> Result<(), Failure> {
         let failed = |error: stillpoint_provider::Error| provider_failure(&error, Guest::NotConcerned);
         for (name, _) in disks {
             let source = restore.volume(name).await.map_err(failed)?;
@@ -141,14 +158,19 @@ impl Writing<'_> {
 
     async fn image(&self, partial: &str, source: Arc<dyn VolumeSource>) -> Result<(), Failure> {
         let size = source.size();
-        let writer = ImageWriter::create(self.output, partial, self.format, size).map_err(|error| write_failure(&error))?;
+        let writer = ImageWriter::create(self.output, partial, self.format, size)
+            .map_err(|error| write_failure(&error))?;
         let writer = Arc::new(writer);
         let mut pieces = JoinSet::new();
         let mut at = Offset::ZERO;
         while at.get() < size.get() {
-            let regions = source.regions(at).await.map_err(|error| provider_failure(&error, Guest::NotConcerned))?;
+            let regions =
+                source.regions(at).await.map_err(|error| provider_failure(&error, Guest::NotConcerned))?;
             let Some(last) = regions.last() else {
-                return Err(Failure::new(Exit::Failed, format!("the target's map of {partial} ends before the disk does")));
+                return Err(Failure::new(
+                    Exit::Failed,
+                    format!("the target's map of {partial} ends before the disk does"),
+                ));
             };
             at = last.range.end();
             for region in regions {
@@ -158,12 +180,20 @@ impl Writing<'_> {
                 }
                 for piece in region.range.chunks(PIECE) {
                     if self.interrupt.is_set() {
-                        return Err(Failure::new(Exit::Interrupted, "interrupted by a signal; what was not whole is removed"));
+                        return Err(Failure::new(
+                            Exit::Interrupted,
+                            "interrupted by a signal; what was not whole is removed",
+                        ));
                     }
                     while pieces.len() >= IN_FLIGHT {
                         one_done(&mut pieces).await?;
                     }
-                    pieces.spawn(copy(Arc::clone(&source), Arc::clone(&writer), piece, Arc::clone(self.progress)));
+                    pieces.spawn(copy(
+                        Arc::clone(&source),
+                        Arc::clone(&writer),
+                        piece,
+                        Arc::clone(self.progress),
+                    ));
                 }
             }
         }
@@ -203,5 +233,6 @@ async fn one_done(pieces: &mut JoinSet<Result<(), Failure>>) -> Result<(), Failu
 }
 
 fn write_failure(error: &stillpoint_image::Error) -> Failure {
-    Failure::because(Exit::Failed, "cannot write what is restored", error).next("make room, or name another directory with --output")
+    Failure::because(Exit::Failed, "cannot write what is restored", error)
+        .next("make room, or name another directory with --output")
 }

@@ -81,11 +81,19 @@ impl fmt::Display for Summary {
         writeln!(f, "{}/{}  in {}", record.vm, record.id, self.provider)?;
         let width = self.disks.iter().map(|disk| disk.name.as_str().len()).max().unwrap_or(0).max(4);
         if !self.disks.is_empty() {
-            writeln!(f, "  {:width$}  {:>9}  {:11}  {:>9}  {:>9}  {:>9}", "disk", "size", "read", "changed", "read", "stored")?;
+            writeln!(
+                f,
+                "  {:width$}  {:>9}  {:11}  {:>9}  {:>9}  {:>9}",
+                "disk", "size", "read", "changed", "read", "stored"
+            )?;
         }
         for disk in &self.disks {
             let mode = if disk.bitmap_mode == BitmapMode::Reuse { "incremental" } else { "full" };
-            let changed = if disk.bitmap_mode == BitmapMode::Reuse { text::bytes(disk.dirty_bytes) } else { "-".into() };
+            let changed = if disk.bitmap_mode == BitmapMode::Reuse {
+                text::bytes(disk.dirty_bytes)
+            } else {
+                "-".into()
+            };
             writeln!(
                 f,
                 "  {:width$}  {:>9}  {mode:11}  {changed:>9}  {:>9}  {:>9}",
@@ -115,7 +123,13 @@ impl fmt::Display for Summary {
                 text::bytes(self.fleecing_peak_bytes)
             )?;
         }
-        write!(f, "  read {} in {} ({}/s)", text::bytes(read), text::duration(duration), text::bytes(rate(read, duration)))?;
+        write!(
+            f,
+            "  read {} in {} ({}/s)",
+            text::bytes(read),
+            text::duration(duration),
+            text::bytes(rate(read, duration))
+        )?;
         for warning in &self.warnings {
             write!(f, "\n  warning: {warning}")?;
         }

@@ -56,14 +56,23 @@ mod test {
 
     #[test]
     fn bytes_have_three_digits() {
-        for (number, text) in [(0, "0 B"), (999, "999 B"), (1536, "1.50 KiB"), (64 << 20, "64.0 MiB"), (1000 << 20, "0.98 GiB"), (16 << 30, "16.0 GiB")] {
+        for (number, text) in [
+            (0, "0 B"),
+            (999, "999 B"),
+            (1536, "1.50 KiB"),
+            (64 << 20, "64.0 MiB"),
+            (1000 << 20, "0.98 GiB"),
+            (16 << 30, "16.0 GiB"),
+        ] {
             assert_eq!(bytes(Length::new(number)), text);
         }
     }
 
     #[test]
     fn durations_have_the_unit_that_fits() {
-        for (millis, text) in [(8, "8 ms"), (1_500, "1.5 s"), (245_000, "4 min 05 s"), (12_000_000, "3 h 20 min")] {
+        for (millis, text) in
+            [(8, "8 ms"), (1_500, "1.5 s"), (245_000, "4 min 05 s"), (12_000_000, "3 h 20 min")]
+        {
             assert_eq!(duration(Duration::from_millis(millis)), text);
         }
     }

@@ -37,7 +37,11 @@ fn storm(mut guest: Guest, disks: Vec<&'static str>, points: usize, seed: u64) {
     assert!(operations.is_sorted_by(|earlier, later| earlier < later), "{operations:?}");
     let mut pauses = cuts.pauses.clone();
     pauses.sort_by(f64::total_cmp);
-    println!("{points} points, pause median {} ms, most {} ms", pauses[pauses.len() / 2], pauses[pauses.len() - 1]);
+    println!(
+        "{points} points, pause median {} ms, most {} ms",
+        pauses[pauses.len() / 2],
+        pauses[pauses.len() - 1]
+    );
     cuts.end();
 }
 

@@ -375,7 +375,7 @@ impl Guest {
             disk_blocks: self.disks.iter().map(|disk| disk.size / guest_writer::BLOCK as u64).collect(),
             span,
         };
-        self.ask(&format!("start {run} {seed} 2 {span} {rate} {}", sizes.join(" ")))?;
+        self.ask(&format!("start {run} {seed} 2 {span} {rate} none {}", sizes.join(" ")))?;
         Ok(Storm { layout, run })
     }
 

@@ -22,7 +22,8 @@
 //! torn block, or disks from different instants.
 //!
 //! What the very last operations before the instant wrote may be proven by nothing, so an image that lacks them passes: it
-//! is the image of a slightly earlier instant. [`check_between`] closes that gap with what the guest itself counted.
+//! is the image of a slightly earlier instant. [`check_between`] and [`check_at_rest`] close that gap with what the guest
+//! itself counted.
 
 mod contents;
 mod stream;
@@ -72,17 +73,26 @@ impl Verdict {
     }
 }
 
+/// What is known of the instant besides the images; each number is the last operation of a stream that was acknowledged.
+#[derive(Debug, Clone, Copy, Default)]
+struct Known<'a> {
+    /// Before the instant: all of these have to be there.
+    earlier: Option<&'a [u64]>,
+    /// After it: what is beyond these can only have been on its way.
+    later: Option<&'a [u64]>,
+    /// Nothing was on its way.
+    at_rest: bool,
+}
+
 /// Checks raw images, in the order of the layout's disks, of a storm called `run`.
 ///
 /// # Errors
 /// If an image cannot be read.
 pub fn check(images: &[impl AsRef<Path>], layout: &Layout, run: u64) -> Result<Verdict> {
-    Ok(scan(images, layout, run)?.judge(&[], None))
+    check_with(images, layout, run, Known::default())
 }
 
-/// The same, for an instant that is known to be between two marks: what was acknowledged at `earlier` has to be there,
-/// and what was not yet acknowledged at `later` can only be what was on its way. With a guest at rest both are the same,
-/// and every last write is accounted for.
+/// The same, for an instant between two marks.
 ///
 /// # Errors
 /// If an image cannot be read.
@@ -93,7 +103,24 @@ pub fn check_between(
     earlier: &[u64],
     later: &[u64],
 ) -> Result<Verdict> {
-    Ok(scan(images, layout, run)?.judge(earlier, Some(later)))
+    check_with(images, layout, run, Known { earlier: Some(earlier), later: Some(later), at_rest: false })
+}
+
+/// The same, for a guest that had stopped writing: the images hold all of `acked` and nothing else.
+///
+/// # Errors
+/// If an image cannot be read.
+pub fn check_at_rest(
+    images: &[impl AsRef<Path>],
+    layout: &Layout,
+    run: u64,
+    acked: &[u64],
+) -> Result<Verdict> {
+    check_with(images, layout, run, Known { earlier: Some(acked), later: Some(acked), at_rest: true })
+}
+
+fn check_with(images: &[impl AsRef<Path>], layout: &Layout, run: u64, known: Known<'_>) -> Result<Verdict> {
+    Ok(scan(images, layout, run)?.judge(known))
 }
 
 fn scan<'a>(images: &[impl AsRef<Path>], layout: &'a Layout, run: u64) -> Result<Contents<'a>> {

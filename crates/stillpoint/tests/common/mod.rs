@@ -1,5 +1,11 @@
 //! What the tests with real guests share.
-#![allow(dead_code, reason = "each test program uses a part")]
+#![allow(
+    dead_code,
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "what tests share; each uses a part, and a panic is a failed test"
+)]
 
 use guest_writer::Layout;
 use serde_json::Value;

@@ -1,6 +1,9 @@
 //! What was found in the images, by stream.
 
-use super::{Verdict, Violation, stream::judge_stream};
+use super::{
+    Known, Verdict, Violation,
+    stream::{Bounds, judge_stream},
+};
 use guest_writer::{Layout, Stamp, is_zero};
 
 /// What a block holds, or should hold.
@@ -84,16 +87,19 @@ impl<'a> Contents<'a> {
         }
     }
 
-    /// The cut of each stream, at least what is proven and what was acknowledged at `earlier`, at most what was at
-    /// `later`, and what no cut explains.
-    pub(super) fn judge(self, earlier: &[u64], later: Option<&[u64]>) -> Verdict {
+    /// The cut of each stream within what is proven and known, and what no cut explains.
+    pub(super) fn judge(self, known: Known<'_>) -> Verdict {
         let mut verdict = Verdict { violations: self.foreign, cut: Vec::new(), stamps: self.stamps };
         for stream in 0..self.layout.streams() {
             let index = stream as usize;
-            let least = self.proven[index].max(earlier.get(index).copied().unwrap_or(0));
-            let most = later.and_then(|later| later.get(index)).copied();
+            let of = |mark: Option<&[u64]>| mark.and_then(|mark| mark.get(index)).copied();
+            let bounds = Bounds {
+                least: self.proven[index].max(of(known.earlier).unwrap_or(0)),
+                most: of(known.later),
+                at_rest: known.at_rest,
+            };
             let regions: Vec<_> = self.regions.iter().filter(|region| region.stream == stream).collect();
-            verdict.cut.push(judge_stream(self.layout, &regions, least, most, &mut verdict.violations));
+            verdict.cut.push(judge_stream(self.layout, &regions, bounds, &mut verdict.violations));
         }
         verdict
     }

@@ -11,16 +11,25 @@ use std::collections::BTreeSet;
 /// proof; 1 operation in 37 zeroes.
 const BEYOND: u64 = 64;
 
-/// The least cut from `least` to `most` that explains all blocks. If there is none, the one that explains most, and what
-/// it leaves unexplained becomes a violation.
+/// Between which cuts to look.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Bounds {
+    pub(super) least: u64,
+    pub(super) most: Option<u64>,
+    /// Nothing was on its way.
+    pub(super) at_rest: bool,
+}
+
+/// The least cut within `bounds` that explains all blocks. If there is none, the one that explains most, and what it
+/// leaves unexplained becomes a violation.
 pub(super) fn judge_stream(
     layout: &Layout,
     regions: &[&Region],
-    least: u64,
-    most: Option<u64>,
+    bounds: Bounds,
     violations: &mut Vec<Violation>,
 ) -> u64 {
-    let Some(stream) = regions.first().map(|region| region.stream) else { return 0 };
+    let Some(first) = regions.first() else { return 0 };
+    let (stream, Bounds { least, most, at_rest }) = (first.stream, bounds);
     let mut replay = Replay::new(regions);
     for sequence in 1..=least {
         replay.apply(sequence, layout.operation(stream, sequence));
@@ -29,14 +38,14 @@ pub(super) fn judge_stream(
         let what = format!(
             "stream {stream}: operation {least} is proven, but only {most} had been acknowledged later on"
         );
-        violations.push(Violation { disk: regions[0].disk, block: regions[0].first, what });
+        violations.push(Violation { disk: first.disk, block: first.first, what });
     }
     replay.compare();
     let end = most.unwrap_or(u64::MAX).min(least.saturating_add(BEYOND)).max(least);
     let mut best: Option<(u64, Vec<Violation>)> = None;
     for cut in least..=end {
         let next = layout.operation(stream, cut + 1);
-        let unexplained = replay.unexplained(cut, next);
+        let unexplained = replay.unexplained(cut, (!at_rest).then_some(next));
         if unexplained.is_empty() {
             return cut;
         }
@@ -92,13 +101,13 @@ impl<'a> Replay<'a> {
         self.wrong = Some(wrong);
     }
 
-    /// What is not as it should be after `cut` operations with `next` on its way.
-    fn unexplained(&self, cut: u64, next: Operation) -> Vec<Violation> {
-        let on_its_way: BTreeSet<_> = blocks(self.regions, next).collect();
-        let arrived = result(cut + 1, next);
+    /// What is not as it should be after `cut` operations with `next`, if anything, on its way.
+    fn unexplained(&self, cut: u64, next: Option<Operation>) -> Vec<Violation> {
+        let on_its_way: BTreeSet<_> = next.into_iter().flat_map(|next| blocks(self.regions, next)).collect();
+        let arrived = next.map(|next| result(cut + 1, next));
         let wrong = self.wrong.iter().flatten().filter(|&&(region, index)| {
             let held = self.regions[region].blocks[index];
-            held != Held::Foreign && !(on_its_way.contains(&(region, index)) && held == arrived)
+            held != Held::Foreign && !(on_its_way.contains(&(region, index)) && Some(held) == arrived)
         });
         let violation = |&(at, index): &(usize, usize)| {
             let region = self.regions[at];
