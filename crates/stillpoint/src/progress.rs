@@ -24,6 +24,7 @@ impl BackupProgress {
     pub(crate) fn start(shown: bool, vm: &VmName, access: &SnapshotAccess) -> Self {
         let bar = bar(shown, "{prefix} [{bar:28}] {percent:>3} %  {msg}, {eta} left");
         bar.set_prefix(vm.to_string());
+        bar.set_message("reading");
         bar.set_length(access.disks().iter().map(|disk| disk.size).sum::<Length>().get());
         Self(bar)
     }
