@@ -57,6 +57,7 @@ impl DiscardPlanner {
 }
 
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "the model's numbers are small")]
 mod test {
     use super::*;
     use proptest::prelude::*;

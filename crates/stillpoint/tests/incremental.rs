@@ -1,5 +1,7 @@
 //! An incremental costs what changed, not what the disk has.
 
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests: a panic is a failed test")]
+
 mod common;
 
 use common::{restore, tool};

@@ -1,5 +1,7 @@
 //! Points of a real guest that writes without pause, on the machine's QEMU: each is from one instant, none lost a write.
 
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests: a panic is a failed test")]
+
 mod common;
 
 use common::Cuts;
