@@ -105,7 +105,7 @@ mod test {
                     given[i] = true;
                 }
                 if let Some(discard) = planner.release(part) {
-                    let aligned = |at: Offset| at.get() % u64::from(cluster.get()) == 0 || at.get() == size.get();
+                    let aligned = |at: Offset| at.get().is_multiple_of(u64::from(cluster.get())) || at.get() == size.get();
                     prop_assert!(aligned(discard.start()) && aligned(discard.end()), "{discard}");
                     prop_assert!(!discard.is_empty());
                     for i in slots(discard) {
