@@ -281,7 +281,7 @@ mod test {
             prop_assert!(range.contains(inward));
             prop_assert!(outward.contains(range));
             prop_assert!(outward.end().get() <= size.get());
-            let whole = |offset: Offset| offset.get() % u64::from(g.get()) == 0;
+            let whole = |offset: Offset| offset.get().is_multiple_of(u64::from(g.get()));
             prop_assert!(whole(outward.start()) && (whole(outward.end()) || outward.end().get() == size.get()));
             if !inward.is_empty() {
                 prop_assert!(whole(inward.start()) && (whole(inward.end()) || inward.end().get() == size.get()));
