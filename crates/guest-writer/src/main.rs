@@ -1,21 +1,22 @@
 //! The program in the guest: takes commands on a virtio-serial port, one a line, and answers each with one line.
 //!
-//! | command                                          | answer                                                    |
-//! |--------------------------------------------------|-----------------------------------------------------------|
-//! | `start RUN SEED PER_DISK SPAN RATE SYNC SIZE...` | `started`                                                 |
-//! | `status`                                         | `status WRITES ERRORS LONGEST_US`                         |
-//! | `stop`                                           | `stopped WRITES ERRORS LONGEST_US`, with nothing in flight |
-//! | `mark`                                           | `marked N...`: the last operation acknowledged, by stream |
-//! | `latency`                                        | `latency COUNT P50_US P99_US LONGEST_US`, since last asked |
-//! | `rate RATE`                                      | `rate RATE`                                               |
-//! | `error`                                          | `error` and the first I/O error, if there was one         |
-//! | `sync`                                           | `synced`, when all disks have flushed                     |
-//! | `fill SIZE OFFSET LENGTH`                        | `filled`                                                  |
-//! | `poweroff`                                       | none                                                      |
+//! | command | answer |
+//! |---|---|
+//! | `start RUN SEED PER_DISK SPAN RATE SYNC FROM SIZE...` | `started` |
+//! | `status` | `status WRITES ERRORS LONGEST_US` |
+//! | `stop` | `stopped WRITES ERRORS LONGEST_US`, with nothing in flight |
+//! | `mark` | `marked N...`: the last operation acknowledged, by stream |
+//! | `latency` | `latency COUNT P50_US P99_US LONGEST_US`, since last asked |
+//! | `rate RATE` | `rate RATE` |
+//! | `error` | `error` and the first I/O error, if there was one |
+//! | `sync` | `synced`, when all disks have flushed |
+//! | `fill SIZE OFFSET LENGTH` | `filled` |
+//! | `poweroff` | none |
 //!
 //! What cannot be done is answered with `failed WHY`. A disk is named by its size in bytes: how a front end shows a serial
 //! number differs, sizes do not. `RATE` is operations a second and stream, 0 for as fast as they go. `SYNC` says which
-//! streams wait for stable storage: `none`, `ordering` or `all`. Counts stay after `stop`, until the next `start`.
+//! streams wait for stable storage: `none`, `ordering` or `all`. `FROM` is `-`, or the last operation that each stream did in
+//! an earlier life of the VM, with commas between. Counts stay after `stop`, until the next `start`.
 
 #![allow(
     clippy::cast_possible_truncation,

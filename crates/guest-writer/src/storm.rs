@@ -57,7 +57,7 @@ enum Sync {
 
 impl Storm {
     pub(crate) fn start(plan: &[&str]) -> Result<Self, String> {
-        let [run, seed, per_disk, span, rate, sync, sizes @ ..] = plan else {
+        let [run, seed, per_disk, span, rate, sync, from, sizes @ ..] = plan else {
             return Err("too few words".into());
         };
         let sizes = sizes.iter().map(|size| number(size)).collect::<Result<Vec<_>, _>>()?;
@@ -78,6 +78,10 @@ impl Storm {
             return Err("too many streams".into());
         }
         let ordering = layout.ordering_stream();
+        let acked = [const { AtomicU64::new(0) }; STREAMS_MOST];
+        for (acked, from) in acked.iter().zip(from.split(',').filter(|from| *from != "-")) {
+            acked.store(number(from)?, Ordering::SeqCst);
+        }
         let disks = sizes.iter().map(|size| {
             Ok::<_, String>(Disk { plain: disk::open(*size, false)?, durable: disk::open(*size, true)? })
         });
@@ -92,7 +96,7 @@ impl Storm {
             first_error: OnceLock::new(),
             longest: AtomicU64::new(0),
             latency: Latency::new(),
-            acked: [const { AtomicU64::new(0) }; STREAMS_MOST],
+            acked,
         });
         let threads = (0..streams).map(|stream| {
             let durable = sync == Sync::All || sync == Sync::Ordering && stream == ordering;
@@ -179,7 +183,8 @@ impl Writer {
         let shared = &*self.shared;
         let mut buffer = Aligned::new(LARGEST * BLOCK);
         let mut due = Instant::now();
-        for sequence in 1.. {
+        let acked = &shared.acked[self.stream as usize];
+        for sequence in acked.load(Ordering::SeqCst) + 1.. {
             if shared.stop.load(Ordering::SeqCst) {
                 return;
             }
@@ -191,7 +196,7 @@ impl Writer {
             let took = u64::try_from(issued.elapsed().as_micros()).unwrap_or(u64::MAX);
             shared.latency.record(took);
             shared.longest.fetch_max(took, Ordering::SeqCst);
-            shared.acked[self.stream as usize].store(sequence, Ordering::SeqCst);
+            acked.store(sequence, Ordering::SeqCst);
             shared.writes.fetch_add(1, Ordering::SeqCst);
             due = self.keep_rate(due);
         }

@@ -52,6 +52,17 @@ pub enum Cache {
     Unsafe,
 }
 
+impl Cache {
+    /// The word that `-drive` has for it.
+    fn legacy_name(self) -> &'static str {
+        match self {
+            Self::Writeback => "writeback",
+            Self::None => "none",
+            Self::Unsafe => "unsafe",
+        }
+    }
+}
+
 /// A disk to give to a guest.
 #[derive(Debug, Clone)]
 pub struct DiskSpec {
@@ -128,14 +139,17 @@ pub(crate) fn add_disk(command: &mut Command, disk: &DiskSpec, work: &Path) -> R
     let (id, format) = (&disk.id, disk.format.name());
     let drive = if disk.legacy {
         let file = image.display();
-        command
-            .args(["-drive", &format!("if=none,id=legacy-{id},file={file},format={format},discard=unmap")]);
+        let cache = disk.cache.legacy_name();
+        let drive = format!("if=none,id=legacy-{id},file={file},format={format},discard=unmap,cache={cache}");
+        command.args(["-drive", &drive]);
         format!("legacy-{id}")
     } else {
-        let file = json!({"driver": "file", "filename": image, "node-name": format!("file-{id}"), "discard": "unmap"});
-        command.args(["-blockdev", &file.to_string()]);
-        let node = json!({"driver": format, "file": format!("file-{id}"), "node-name": format!("node-{id}"), "discard": "unmap"});
-        command.args(["-blockdev", &node.to_string()]);
+        let cache = json!({"direct": disk.cache == Cache::None, "no-flush": disk.cache == Cache::Unsafe});
+        let file = json!({"driver": "file", "filename": image, "node-name": format!("file-{id}"), "discard": "unmap",
+            "cache": cache});
+        let node = json!({"driver": format, "file": format!("file-{id}"), "node-name": format!("node-{id}"),
+            "discard": "unmap", "cache": cache});
+        command.args(["-blockdev", &file.to_string(), "-blockdev", &node.to_string()]);
         format!("node-{id}")
     };
     let thread = if disk.iothread {

@@ -27,7 +27,11 @@
     reason = "test code: a panic in it is a failed test, and its numbers are its own"
 )]
 
+mod accelerator;
+mod disk;
+mod graph;
 mod guest;
+mod images;
 mod kernel;
 mod monitor;
 pub mod nbd_peer;
@@ -35,10 +39,16 @@ pub mod oracle;
 mod qemu;
 pub mod qmp_peer;
 pub mod requirements;
+mod storm;
 mod tool;
+mod watch;
 
-pub use guest::{BlockGraph, DiskSpec, FrontEnd, Guest, GuestBuilder, ImageFormat, Storm, StormCounts};
+pub use disk::{Cache, DiskSpec, FrontEnd, ImageFormat};
+pub use graph::BlockGraph;
+pub use guest::{Guest, GuestBuilder};
+pub use images::{raw_copy, same};
 pub use kernel::{Boot, boot, cache, run, workspace};
 pub use monitor::Monitor;
 pub use qemu::{Qemu, skip, trixie_root};
+pub use storm::{Durable, Latency, Storm, StormCounts, StormSpec};
 pub use tool::{Outcome, Tool};

@@ -40,6 +40,11 @@ impl Qemu {
         Some(Self { root: Some(root), version: version(&text) })
     }
 
+    /// Whether it sees another file system than we do.
+    pub(crate) fn is_elsewhere(&self) -> bool {
+        self.root.is_some()
+    }
+
     /// A command for `program` of this QEMU's package that sees `work` at its own path.
     pub(crate) fn command(&self, program: &str, work: &Path) -> Result<(Command, Option<Mount>)> {
         let Some(root) = &self.root else { return Ok((Command::new(program), None)) };
@@ -68,6 +73,11 @@ impl Mount {
         fs::create_dir_all(to)?;
         run(Command::new("mount").arg("--bind").arg(from).arg(to))?;
         Ok(Self(to.to_owned()))
+    }
+
+    /// Where it is mounted.
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
     }
 }
 
