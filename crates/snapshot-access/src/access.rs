@@ -230,8 +230,11 @@ impl SnapshotAccess {
         for volume in self.volumes.drain(..) {
             volume.close().await;
         }
-        let failures = self.steps.undo(&self.qmp).await;
         let (_, peak) = self.watch.now_and_peak();
+        let failures = self.steps.undo(&self.qmp).await;
+        if failures.is_empty() {
+            self.watch.empty();
+        }
         drop(self.listener.take());
         let result = match failures.into_iter().next() {
             None => Ok(peak),

@@ -59,6 +59,13 @@ impl FleecingImage {
         Some(Length::new(system.f_bavail.saturating_mul(system.f_frsize)))
     }
 
+    /// Gives its space back now: QEMU keeps a removed descriptor until the guest runs.
+    pub(crate) fn empty(&self) {
+        if let Err(error) = ftruncate(&self.file, 0) {
+            tracing::debug!(%error, "a fleecing image was not emptied");
+        }
+    }
+
     /// Where it is, for messages.
     pub(crate) fn directory(&self) -> &Path {
         &self.directory

@@ -138,11 +138,7 @@ impl Machine {
     /// A single disk in the way is an obstacle, not an error, since it may be excluded.
     pub async fn inspect(qmp: &Qmp) -> Result<Self> {
         let qemu = qmp.version().clone();
-        if qemu.number() < OLDEST_QEMU {
-            return Err(refused(format!(
-                "QEMU {qemu} is too old: 7.1 is the first that can drop a snapshot instead of failing the guest's writes"
-            )));
-        }
+        refuse_old(&qemu)?;
         let status: Status = ask(qmp, command::query_status()).await?;
         let name = qmp.execute(command::query_name()).await.ok();
         let name = name.and_then(|reply| Some(reply.get("name")?.as_str()?.to_owned()));
@@ -245,6 +241,16 @@ impl Machine {
         }
         Ok(())
     }
+}
+
+/// Refuses a QEMU that cannot do what is needed; to be asked before anything else, since an old one lacks commands.
+pub(crate) fn refuse_old(qemu: &Version) -> Result<()> {
+    if qemu.number() < OLDEST_QEMU {
+        return Err(refused(format!(
+            "QEMU {qemu} is too old: 7.1 is the first that can drop a snapshot instead of failing the guest's writes"
+        )));
+    }
+    Ok(())
 }
 
 /// Whether the device itself, or the controller that its bus belongs to, has an iothread.

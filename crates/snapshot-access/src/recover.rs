@@ -10,7 +10,7 @@
 use crate::{
     command,
     error::{Error, ErrorKind, Result},
-    inspect::ask,
+    inspect::{ask, refuse_old},
     journal::Journal,
     names::{self, is_ours},
     step::Step,
@@ -31,8 +31,9 @@ impl LeftOvers {
     /// Looks, and touches nothing.
     ///
     /// # Errors
-    /// If QEMU does not answer, or a filter of ours is there and nothing tells on which node.
+    /// [`ErrorKind::Refused`] on a QEMU that is too old for us to have left anything; if QEMU does not answer, or a filter of ours is there and nothing tells on which node.
     pub async fn find(qmp: &Qmp, runtime: &Path) -> Result<Self> {
+        refuse_old(&qmp.version())?;
         let journal = Journal::read(runtime, qmp);
         let nodes: Vec<Value> = ask(qmp, command::query_nodes()).await?;
         let blocks: Vec<Value> = ask(qmp, command::query_block()).await?;
@@ -66,8 +67,11 @@ impl LeftOvers {
         if !foreign_exports && (!our_exports.is_empty() || journal.contains(&Step::Server)) {
             steps.push(Step::Server);
         }
-        for opaque in our_fd_sets(qmp).await? {
-            steps.push(Step::FdSet { opaque });
+        // QEMU keeps a removed set until the guest runs; by itself it is no left-over then.
+        let running =
+            ask::<Value>(qmp, command::query_status()).await?.get("running") == Some(&Value::Bool(true));
+        if running || !ours.is_empty() {
+            steps.extend(our_fd_sets(qmp).await?.into_iter().map(|opaque| Step::FdSet { opaque }));
         }
         // In the order in which a run makes them, so that undoing from the last is right.
         for role in ["fleece", "filter"] {

@@ -49,6 +49,13 @@ impl FleecingWatch {
         Self { images, peak, task }
     }
 
+    /// Gives all their space back; for when no node uses them any more.
+    pub(crate) fn empty(&self) {
+        for image in &self.images {
+            image.empty();
+        }
+    }
+
     pub(crate) fn now_and_peak(&self) -> (Length, Length) {
         let now = used(&self.images);
         let peak = self.peak.fetch_max(now.get(), Ordering::Relaxed).max(now.get());

@@ -61,7 +61,7 @@ async fn backup(path: &Path, arguments: cli::Backup) -> Exit {
     let prepared = prepare(path, &arguments);
     let (provider, vms) = match prepared {
         Ok(prepared) => prepared,
-        Err(failure) => return fail(None, &failure),
+        Err(failure) => return fail(None, &failure.before_the_guest()),
     };
     let interrupt = match Interrupt::listen() {
         Ok(interrupt) => interrupt,

@@ -131,7 +131,10 @@ impl Config {
             }
         };
         toml::from_str(&text).map_err(|error| {
-            Failure::usage(format!("configuration {}: {}", path.display(), error.to_string().trim_end()))
+            // It quotes the file, which may have anything in it.
+            let what = error.to_string();
+            let clean = what.trim_end().replace(|c: char| c.is_control() && c != '\n', "?");
+            Failure::usage(format!("configuration {}: {clean}", path.display()))
         })
     }
 

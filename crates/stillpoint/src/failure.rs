@@ -96,6 +96,12 @@ impl Failure {
         self
     }
 
+    /// Says that the guest was not touched, unless something else is said already.
+    #[must_use]
+    pub fn before_the_guest(self) -> Self {
+        if self.guest == Guest::NotConcerned { self.guest(Guest::Untouched) } else { self }
+    }
+
     /// Says what to type or do next.
     #[must_use]
     pub fn next(mut self, next: impl Into<String>) -> Self {

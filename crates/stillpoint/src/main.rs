@@ -6,6 +6,13 @@ use stillpoint::{Cli, Exit, run};
 use tracing_subscriber::{EnvFilter, fmt};
 
 fn main() -> ExitCode {
+    // The parser quotes what it refuses as it came, and a terminal would take it for commands.
+    if let Some(argument) =
+        std::env::args_os().find(|argument| argument.to_string_lossy().chars().any(char::is_control))
+    {
+        eprintln!("error: an argument has a control character: {:?}", argument.to_string_lossy());
+        return Exit::Usage.into();
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {

@@ -571,10 +571,16 @@ fn the_target_is_full() {
     let Some(_mount) = Mount::tmpfs("full target", &place.path("target"), "size=1m") else { return };
     place.image("vda.img", 16 * MIB);
     let mut vm = place.machine(&["vda.img"], &[]);
-    let before = vm.graph();
+    let mut before = vm.graph();
     let outcome = place.backup();
     backup_failed(&outcome, 1, &["make room in the target", "guest:  runs on as before"]);
-    assert_eq!(vm.graph(), before);
+    let mut after = vm.graph();
+    // QEMU keeps a removed descriptor until the guest runs, which this one does not.
+    for graph in [&mut before, &mut after] {
+        graph["descriptors"].take();
+    }
+    assert_eq!(after, before);
+    says(&place.run(&["recover", "--qmp", "@qmp"]), 0, &["nothing to undo"]);
     place.lists_nothing("@target");
     // What the failed run wrote does not stay to fill the target.
     let left = fs::read_dir(place.path("target/box")).into_iter().flatten();
