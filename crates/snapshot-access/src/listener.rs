@@ -2,8 +2,12 @@
 //! user nor its umask decides who can reach the disks (S01).
 
 use crate::error::{Error, ErrorKind, Result};
+use std::fs::Permissions;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::{fs::DirBuilderExt as _, net::UnixListener};
+use std::os::unix::{
+    fs::{DirBuilderExt as _, PermissionsExt as _},
+    net::UnixListener,
+};
 use std::path::{Path, PathBuf};
 
 /// A listening socket in a directory of its own; both go away with it.
@@ -17,13 +21,17 @@ impl Listener {
     /// Binds a fresh socket under `runtime` (which is created, 0700, if it is not there).
     pub(crate) fn bind(runtime: &Path) -> Result<Self> {
         private_directory(runtime)?;
-        let directory = tempfile::Builder::new().prefix("nbd-").tempdir_in(runtime).map_err(|error| {
-            Error::new(
-                ErrorKind::Host,
-                format!("create a directory for the NBD socket in {}", runtime.display()),
-            )
-            .because(error)
-        })?;
+        let directory = tempfile::Builder::new()
+            .prefix("nbd-")
+            .permissions(Permissions::from_mode(0o700))
+            .tempdir_in(runtime)
+            .map_err(|error| {
+                Error::new(
+                    ErrorKind::Host,
+                    format!("create a directory for the NBD socket in {}", runtime.display()),
+                )
+                .because(error)
+            })?;
         let path = directory.path().join("socket");
         let socket = UnixListener::bind(&path).map_err(|error| {
             Error::new(ErrorKind::Host, format!("listen on {}", path.display())).because(error)

@@ -67,10 +67,8 @@ impl LeftOvers {
         if !foreign_exports && (!our_exports.is_empty() || journal.contains(&Step::Server)) {
             steps.push(Step::Server);
         }
-        // QEMU keeps a removed set until the guest runs; by itself it is no left-over then.
-        let running =
-            ask::<Value>(qmp, command::query_status()).await?.get("running") == Some(&Value::Bool(true));
-        if running || !ours.is_empty() {
+        // QEMU keeps a removed set until the guest runs: without a trace of a run that died it is no left-over.
+        if !journal.is_empty() || !ours.is_empty() {
             steps.extend(our_fd_sets(qmp).await?.into_iter().map(|opaque| Step::FdSet { opaque }));
         }
         // In the order in which a run makes them, so that undoing from the last is right.

@@ -35,9 +35,18 @@ pub(crate) async fn connect(socket: &Path) -> Result<Qmp, Failure> {
 /// Exit status 3 if something is still there.
 pub(crate) async fn recover(qmp: &Qmp, retry: &str) -> Result<Vec<String>, Failure> {
     let failed = |error: &stillpoint_snapshot_access::Error| {
-        if error.kind() == stillpoint_snapshot_access::ErrorKind::Refused {
+        let kind = error.kind();
+        if kind == stillpoint_snapshot_access::ErrorKind::Refused {
             return Failure::because(Exit::Failed, "this VM cannot be backed up as it is", error)
                 .guest(Guest::Untouched);
+        }
+        if kind != stillpoint_snapshot_access::ErrorKind::LeftBehind {
+            return Failure::because(
+                Exit::Failed,
+                "cannot tell whether an earlier run left something",
+                error,
+            )
+            .guest(Guest::Untouched);
         }
         Failure::because(Exit::LeftBehind, "an earlier run left something in the VM", error)
             .guest(Guest::LeftBehind)

@@ -504,6 +504,26 @@ fn nothing_was_left_to_recover() {
 }
 
 #[test]
+fn a_vm_that_stands_still_is_backed_up_as_often_as_one_likes() {
+    let place = Place::new();
+    place.image("vda.img", MIB);
+    let mut vm = place.machine(&["vda.img"], &[]);
+    let before = vm.graph();
+    says(&place.backup(), 0, &["box/"]);
+    says(&place.run(&["recover", "--qmp", "@qmp"]), 0, &["nothing to undo"]);
+    says(&place.backup(), 0, &["box/"]);
+    let after = vm.graph();
+    assert_eq!((&after["nodes"], &after["exports"]), (&before["nodes"], &before["exports"]));
+    assert_eq!(after["status"], before["status"]);
+    // Once it runs, a further run leaves no descriptor either, those of earlier runs included.
+    vm.own.execute("cont", json!({})).unwrap();
+    let outcome = place.backup();
+    says(&outcome, 0, &["box/"]);
+    assert_eq!(vm.graph()["descriptors"], json!([]));
+    assert!(!outcome.stderr.contains("did not end"), "every run before ended: {}", outcome.stderr);
+}
+
+#[test]
 fn another_run_holds_the_lock() {
     let place = Place::new();
     // A monitor that says nothing: the first run waits for its greeting, and holds the lock meanwhile.

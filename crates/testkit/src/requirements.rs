@@ -27,6 +27,8 @@ pub const REQUIREMENTS: &[Requirement] = &[
     needs("qemu-img", QEMU_UTILS, "makes and compares images"),
     needs("qemu-nbd", QEMU_UTILS, "a server that the NBD client is tested with"),
     needs("nbdkit", "nbdkit", "a server that the NBD client is tested with"),
+    needs("nbdcopy", "libnbd-bin", "reads an export as others do"),
+    needs("nbdinfo", "libnbd-bin", "reads a bitmap as others do"),
     needs("busybox", "busybox-static", "the guest's user land"),
     needs("dpkg-deb", "dpkg", "unpacks the guest's kernel"),
     needs("xz", "xz-utils", "unpacks the guest's drivers"),
