@@ -78,7 +78,6 @@ pub fn private_directory(path: &Path) -> Result<()> {
 #[cfg(test)]
 mod test {
     use super::*;
-    use std::os::unix::fs::PermissionsExt as _;
 
     #[test]
     fn only_its_owner_reaches_the_socket_and_nothing_stays() {
@@ -94,7 +93,7 @@ mod test {
     #[test]
     fn a_directory_that_others_can_write_to_is_refused() {
         let runtime = tempfile::tempdir().unwrap();
-        std::fs::set_permissions(runtime.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
+        std::fs::set_permissions(runtime.path(), Permissions::from_mode(0o777)).unwrap();
         assert!(Listener::bind(runtime.path()).is_err());
     }
 }
