@@ -93,7 +93,7 @@ pub struct SnapshotAccess {
     freeze: Freeze,
 }
 
-/// The steps done so far, each journaled before it is taken.
+/// The steps done so far, each journaled before it is taken; the NBD server alone after, since one that is there is not ours.
 pub(crate) struct Steps {
     done: Vec<Step>,
     journal: Journal,

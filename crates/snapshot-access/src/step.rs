@@ -1,6 +1,6 @@
 //! What a run does to a VM, step by step, and what undoes each step.
 //!
-//! A step is recorded before its side effect, so that undoing always covers at least what was done; undoing a step
+//! A step (but for `Server`: one that is there already is not ours) is recorded before its side effect, so that undoing always covers at least what was done; undoing a step
 //! that never took effect does nothing. Recovery of a run that died undoes the same steps, found by their names.
 //!
 //! | step          | done by                              | undone by                                |
