@@ -147,11 +147,11 @@ impl SnapshotAccess {
         let journal = Journal::create(&settings.runtime_directory, &qmp)?;
         let mut taking = Taking { qmp, steps: Steps::new(journal), disks: Vec::new(), listener: None };
         match taking.run(machine, &plan, &settings).await {
-            Ok((instant, freeze)) => match taking.open(&plan, &settings).await {
+            Ok((instant, freeze)) => match taking.open(&plan).await {
                 Ok(opened) => Ok(taking.hold(plan, &settings, opened, instant, freeze)),
-                Err(error) => Err(taking.give_up(error, &settings).await),
+                Err(error) => Err(taking.give_up(error).await),
             },
-            Err(error) => Err(taking.give_up(error, &settings).await),
+            Err(error) => Err(taking.give_up(error).await),
         }
     }
 
@@ -201,16 +201,7 @@ impl SnapshotAccess {
         self.watch.now_and_peak()
     }
 
-    /// Ends all reading: every call on a volume fails from now on.
-    pub fn cancel(&self) {
-        self.stop.send_if_modified(|stop| {
-            let first = stop.is_none();
-            stop.get_or_insert(Stop::Cancelled);
-            first
-        });
-    }
-
-    /// A handle that cancels from elsewhere.
+    /// A handle that ends all reading: every call on a volume fails from then on.
     pub fn canceller(&self) -> Canceller {
         Canceller(self.stop.clone())
     }
@@ -221,7 +212,7 @@ impl SnapshotAccess {
     /// # Errors
     /// [`ErrorKind::LeftBehind`] if something of ours is still there; every step was tried.
     pub async fn tear_down(mut self) -> (Chain, Result<Length>) {
-        self.cancel();
+        self.canceller().cancel();
         for discard in self.discards.drain(..) {
             discard.abort();
             // Awaited, so that nobody holds a connection any more when the server stops (CVE-2024-7409).
@@ -443,7 +434,7 @@ impl Taking {
     }
 
     /// Makes the instant readable.
-    async fn open(&mut self, plan: &[DiskPlan], _settings: &Settings) -> Result<Opened> {
+    async fn open(&mut self, plan: &[DiskPlan]) -> Result<Opened> {
         let path = self.listener.as_ref().map(Listener::path);
         let path = path.ok_or_else(|| Error::new(ErrorKind::Inconsistent, "there is no NBD listener"))?;
         let mut connections = Vec::new();
@@ -539,7 +530,7 @@ impl Taking {
     }
 
     /// Undoes all, the new bitmaps included: there was no point yet.
-    async fn give_up(mut self, error: Error, _settings: &Settings) -> Error {
+    async fn give_up(mut self, error: Error) -> Error {
         let mut failures = self.steps.undo(&self.qmp).await;
         let disks = self.disks.drain(..).map(|disk| disk.chain).collect();
         failures.extend(Chain::new(self.qmp.clone(), disks).roll_back().await.err());

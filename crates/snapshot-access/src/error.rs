@@ -11,16 +11,12 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum ErrorKind {
     /// This VM is refused, because going on is known to harm its guest or to give a wrong point.
     Refused,
-    /// The disk's old data could not be kept aside: the fleecing image is full, over its budget, or too slow.
-    Fleecing,
     /// QEMU answered a command with an error, or not at all.
     Qmp,
     /// The disk could not be read at its point.
     Read,
     /// What QEMU says does not add up.
     Inconsistent,
-    /// The run was cancelled.
-    Cancelled,
     /// The host refused something: a directory, a socket, a file.
     Host,
     /// Something of ours is still in the VM.

@@ -99,7 +99,7 @@ async fn remove_fd_sets(qmp: &Qmp, opaque: &str) -> Result<()> {
 }
 
 /// Ids of the fd sets with a descriptor whose `opaque` satisfies `wanted`.
-pub(crate) async fn fd_sets(qmp: &Qmp, wanted: impl Fn(&str) -> bool) -> Result<Vec<u64>> {
+async fn fd_sets(qmp: &Qmp, wanted: impl Fn(&str) -> bool) -> Result<Vec<u64>> {
     let sets: Vec<Value> = ask(qmp, command::query_fd_sets()).await?;
     let id = |set: &Value| {
         let descriptors = set.get("fds")?.as_array()?;

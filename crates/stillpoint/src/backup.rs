@@ -48,10 +48,7 @@ impl Job<'_> {
     pub(crate) async fn run(&self, interrupt: &Interrupt) -> Result<Summary, Failure> {
         let _lock = VmLock::take(&runtime::directory(), &self.vm.qmp)?;
         let qmp = vm::connect(&self.vm.qmp).await?;
-        let again = match &self.name {
-            Some(name) if self.vm_is_configured() => format!("stillpoint recover {name}"),
-            _ => format!("stillpoint recover --qmp {}", self.vm.qmp.display()),
-        };
+        let again = format!("stillpoint recover --qmp {}", self.vm.qmp.display());
         vm::recover(&qmp, &again).await?;
         let machine = Machine::inspect(&qmp).await.map_err(|error| {
             let exit =
@@ -69,10 +66,6 @@ impl Job<'_> {
             tracing::warn!(error = crate::failure::chain(&error), "the provider's clean-up failed");
         }
         result
-    }
-
-    fn vm_is_configured(&self) -> bool {
-        !self.vm.config.is_empty() || self.vm.firewall.is_some()
     }
 
     fn vm_name(&self, machine: &Machine) -> Result<VmName, Failure> {
