@@ -14,7 +14,7 @@ use serde_json::Value;
 use std::{
     fmt, io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
@@ -73,6 +73,7 @@ struct Inner {
     deadlines: Deadlines,
     version: Version,
     peer_pid: Option<u32>,
+    path: PathBuf,
 }
 
 impl Qmp {
@@ -103,8 +104,17 @@ impl Qmp {
         let (held, released) = oneshot::channel();
         tokio::spawn(driver::drive(Arc::clone(&stream), Arc::clone(&shared), decoder, queued, released));
         let descriptors = tokio::sync::Mutex::default();
-        let inner =
-            Inner { shared, stream, outgoing, _held: held, descriptors, deadlines, version, peer_pid };
+        let inner = Inner {
+            shared,
+            stream,
+            outgoing,
+            _held: held,
+            descriptors,
+            deadlines,
+            version,
+            peer_pid,
+            path: path.to_owned(),
+        };
         let qmp = Self { inner: Arc::new(inner) };
         qmp.transact(Command::new("qmp_capabilities"), None, deadline).await?;
         tracing::debug!(version = %qmp.inner.version, pid = peer_pid, "connected to QEMU");
@@ -120,6 +130,11 @@ impl Qmp {
     /// as libvirt does. `None` if that is not in our pid namespace.
     pub fn peer_pid(&self) -> Option<u32> {
         self.inner.peer_pid
+    }
+
+    /// The path that the monitor was reached by.
+    pub fn path(&self) -> &Path {
+        &self.inner.path
     }
 
     /// Runs a command and gives what it returned.
@@ -224,6 +239,9 @@ impl Qmp {
     ) -> Result<Vec<Slot>> {
         let mut bytes = Vec::new();
         let mut slots = Vec::with_capacity(commands.len());
+        if let Some(first) = commands.first() {
+            stillpoint_failpoint::reached(&format!("qmp:{}", first.name()));
+        }
         for command in commands {
             let slot = self.inner.shared.slot(command.name())?;
             tracing::debug!(command = command.name(), id = slot.id(), "to QEMU");

@@ -75,8 +75,18 @@ async fn transmit(
 ) -> io::Result<()> {
     let mut writing = pin!(async {
         while let Some(Outgoing { bytes, fd, began }) = outgoing.recv().await {
-            let at = socket::send(stream, &bytes, fd).await?;
+            let mut rest = bytes.as_slice();
+            if began.is_some()
+                && let Some((half, signal)) = stillpoint_failpoint::torn("pipeline:torn", rest.len())
+            {
+                let (first, second) = rest.split_at(half);
+                socket::send(stream, first, None).await?;
+                stillpoint_failpoint::act(signal);
+                rest = second;
+            }
+            let at = socket::send(stream, rest, fd).await?;
             if let Some(began) = began {
+                stillpoint_failpoint::reached("pipeline:written");
                 // Nobody asks any more.
                 let _ = began.send(at);
             }

@@ -1,36 +1,23 @@
 //! Taking and holding one instant.
 
 use crate::{
-    bitmap::{Chain, ChainDisk},
-    command,
-    discard::DiscardPlanner,
+    bitmap::Chain,
     error::{Error, ErrorKind, Result},
-    fleecing::FleecingImage,
-    freeze::{self, Freeze},
-    inspect::{Disk, Machine, qmp_error, refused},
+    freeze::Freeze,
+    inspect::{Disk, Machine},
     journal::Journal,
     listener::Listener,
-    names::{self, Names},
-    pause::{self, Instant},
-    step::Step,
-    volume::{AccessVolume, Stop, reads_within},
-    watch::FleecingWatch,
+    pause::Instant,
+    steps::Steps,
+    taking::Taking,
+    volume::{AccessVolume, Stop},
+    watch::{self, FleecingWatch},
 };
-use std::{
-    path::PathBuf,
-    sync::{Arc, Mutex, atomic::AtomicU64},
-};
+use std::{ffi::OsString, path::PathBuf, sync::Arc, time::Duration};
 use stillpoint_model::{DiskName, Generation, Granularity, Length, PointId, TargetId};
-use stillpoint_nbd::{Client, MetaContext, Options};
 use stillpoint_provider::{BitmapMode, Consistency, Volume, VolumeSource};
 use stillpoint_qmp::Qmp;
-use tokio::{sync::watch, task::JoinHandle};
-
-/// The filter's cluster when the fleecing image is raw: what discards are aligned to.
-const FILTER_CLUSTER: Granularity = Granularity::DEFAULT;
-
-/// Requests on their way at once: enough for eight reads of 1 MiB where QEMU wants them cluster by cluster.
-const IN_FLIGHT: usize = 128;
+use tokio::task::JoinHandle;
 
 /// How one disk is to be read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,6 +58,12 @@ pub struct Settings {
     pub cbw_timeout_seconds: u32,
     /// Socket of the guest agent, if its file systems are to be frozen.
     pub agent: Option<PathBuf>,
+    /// How long the agent may take to freeze them.
+    pub freeze_timeout: Duration,
+    /// The command that calls [`run_guard`](crate::run_guard) in a process of its own.
+    pub guard: Vec<OsString>,
+    /// Set when the run is to end; looked at as long as there is nothing to read yet.
+    pub interrupted: tokio::sync::watch::Receiver<bool>,
 }
 
 /// One instant of all disks of a VM, held while the guest writes on.
@@ -79,51 +72,19 @@ pub struct Settings {
 /// Dropping it leaves the VM with the filters in place, for `recover` to remove. Call
 /// [`tear_down`](Self::tear_down) on every way out.
 pub struct SnapshotAccess {
-    qmp: Qmp,
-    steps: Steps,
-    volumes: Vec<Arc<AccessVolume>>,
-    modes: Vec<(BitmapMode, Option<Generation>)>,
-    dirty: Vec<Length>,
-    discards: Vec<JoinHandle<()>>,
-    listener: Option<Listener>,
-    watch: FleecingWatch,
-    stop: watch::Sender<Option<Stop>>,
-    chain: Chain,
-    instant: Instant,
-    freeze: Freeze,
-}
-
-/// The steps done so far, each journaled before it is taken; the NBD server alone after, since one that is there is not ours.
-pub(crate) struct Steps {
-    done: Vec<Step>,
-    journal: Journal,
-}
-
-impl Steps {
-    pub(crate) fn new(journal: Journal) -> Self {
-        Self { done: Vec::new(), journal }
-    }
-
-    pub(crate) fn record(&mut self, step: Step) -> Result<()> {
-        self.journal.record(&step)?;
-        self.done.push(step);
-        Ok(())
-    }
-
-    /// Undoes everything, the last step first, going on whatever fails. What could not be undone is returned.
-    async fn undo(&mut self, qmp: &Qmp) -> Vec<Error> {
-        let mut failures = Vec::new();
-        while let Some(step) = self.done.pop() {
-            if let Err(error) = step.undo(qmp).await {
-                tracing::warn!(step = step.describe(), error = error_chain(&error), "could not undo a step");
-                failures.push(error);
-            }
-        }
-        if failures.is_empty() {
-            self.journal.clear();
-        }
-        failures
-    }
+    pub(crate) qmp: Qmp,
+    pub(crate) steps: Steps,
+    pub(crate) volumes: Vec<Arc<AccessVolume>>,
+    pub(crate) modes: Vec<(BitmapMode, Option<Generation>)>,
+    pub(crate) dirty: Vec<Length>,
+    pub(crate) tasks: Vec<JoinHandle<()>>,
+    pub(crate) listener: Option<Listener>,
+    pub(crate) watch: FleecingWatch,
+    pub(crate) stop: tokio::sync::watch::Sender<Option<Stop>>,
+    pub(crate) chain: Vec<crate::bitmap::ChainDisk>,
+    pub(crate) held_power: bool,
+    pub(crate) instant: Instant,
+    pub(crate) freeze: Freeze,
 }
 
 pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
@@ -145,12 +106,14 @@ impl SnapshotAccess {
     /// `recover` is needed; else what failed, and everything is undone.
     pub async fn take(qmp: Qmp, machine: &Machine, plan: Vec<DiskPlan>, settings: Settings) -> Result<Self> {
         let journal = Journal::create(&settings.runtime_directory, &qmp)?;
-        let mut taking = Taking { qmp, steps: Steps::new(journal), disks: Vec::new(), listener: None };
-        match taking.run(machine, &plan, &settings).await {
-            Ok((instant, freeze)) => match taking.open(&plan).await {
-                Ok(opened) => Ok(taking.hold(plan, &settings, opened, instant, freeze)),
-                Err(error) => Err(taking.give_up(error).await),
-            },
+        let steps = Steps::new(journal, settings.runtime_directory.clone());
+        let mut taking = Taking::new(qmp, steps, machine.off);
+        let taken = match taking.run(machine, &plan, &settings).await {
+            Ok(instant) => taking.open(&plan).await.map(|opened| (instant, opened)),
+            Err(error) => Err(error),
+        };
+        match taken {
+            Ok((instant, opened)) => Ok(taking.hold(plan, &settings, opened, instant)),
             Err(error) => Err(taking.give_up(error).await),
         }
     }
@@ -207,48 +170,54 @@ impl SnapshotAccess {
     }
 
     /// Takes the VM's block graph back to what it was. The bitmaps stay, both of them, until the outcome of the run
-    /// is known: that is what the returned [`Chain`] is for.
+    /// is known: that is what the returned [`Chain`] is for. `failed` says that the disks could not be read to the end.
     ///
     /// # Errors
-    /// [`ErrorKind::LeftBehind`] if something of ours is still there; every step was tried.
-    pub async fn tear_down(mut self) -> (Chain, Result<Length>) {
+    /// [`ErrorKind::LeftBehind`] if something of ours is still there; every step was tried, unless the fleecing images'
+    /// storage hangs, since then the guest would hang with it.
+    pub async fn tear_down(mut self, failed: bool) -> (Chain, Result<Length>) {
         self.canceller().cancel();
-        for discard in self.discards.drain(..) {
-            discard.abort();
+        for task in self.tasks.drain(..) {
+            task.abort();
             // Awaited, so that nobody holds a connection any more when the server stops (CVE-2024-7409).
-            let _ = discard.await;
+            let _ = task.await;
         }
-        for volume in self.volumes.drain(..) {
-            volume.close().await;
+        let hangs = self.steps.storage_hangs(self.watch.images(), failed).await;
+        if hangs.is_none() {
+            for volume in self.volumes.drain(..) {
+                volume.close().await;
+            }
+            self.watch.count();
         }
         let (_, peak) = self.watch.now_and_peak();
-        let failures = self.steps.undo(&self.qmp).await;
-        if failures.is_empty() {
+        let first = match hangs {
+            Some(error) => Some(error),
+            None => self.steps.undo(&self.qmp).await.into_iter().next(),
+        };
+        if first.is_none() {
             self.watch.empty();
         }
         drop(self.listener.take());
-        let result = match failures.into_iter().next() {
+        self.steps.incomplete |= self.freeze.still_frozen.is_some();
+        let chain = Chain::new(self.qmp, self.chain, self.steps, self.held_power);
+        let result = match first {
             None => Ok(peak),
             Some(first) => {
                 Err(Error::new(ErrorKind::LeftBehind, "something is left in the VM").because(first))
             }
         };
-        (self.chain, result)
+        (chain, result)
     }
 }
 
 /// Cancels a [`SnapshotAccess`] from another task.
 #[derive(Clone)]
-pub struct Canceller(watch::Sender<Option<Stop>>);
+pub struct Canceller(tokio::sync::watch::Sender<Option<Stop>>);
 
 impl Canceller {
     /// Ends all reading.
     pub fn cancel(&self) {
-        self.0.send_if_modified(|stop| {
-            let first = stop.is_none();
-            stop.get_or_insert(Stop::Cancelled);
-            first
-        });
+        watch::end(&self.0, Stop::Cancelled);
     }
 }
 
@@ -267,282 +236,6 @@ pub struct DiskState {
     pub passed: Length,
 }
 
-/// A run on its way to the instant.
-struct Taking {
-    qmp: Qmp,
-    steps: Steps,
-    disks: Vec<TakingDisk>,
-    listener: Option<Listener>,
-}
-
-struct TakingDisk {
-    names: Names,
-    image: Arc<FleecingImage>,
-    chain: ChainDisk,
-}
-
-struct Opened {
-    connections: Vec<(Client, Option<(Client, MetaContext)>)>,
-}
-
-impl Taking {
-    /// Everything up to the guest running again.
-    async fn run(
-        &mut self,
-        machine: &Machine,
-        plan: &[DiskPlan],
-        settings: &Settings,
-    ) -> Result<(Instant, Freeze)> {
-        self.start_server(plan, settings).await?;
-        for (index, disk) in plan.iter().enumerate() {
-            self.add_fleecing(index, disk, settings).await?;
-        }
-        self.add_bitmaps(plan).await?;
-        for (disk, taking) in plan.iter().zip(&self.disks) {
-            self.steps.record(Step::Node { name: taking.names.filter.clone() })?;
-            let filter = command::add_filter(
-                &taking.names.filter,
-                &disk.disk.node,
-                &taking.names.fleecing,
-                settings.cbw_timeout_seconds,
-            );
-            self.execute(&format!("add the filter of disk {}", disk.disk.name), filter).await?;
-        }
-        pause::flush_host_caches(plan.iter().filter_map(|disk| disk.disk.image.clone())).await;
-        let mut freeze = freeze::freeze(settings.agent.as_deref(), machine.running).await;
-        let switched = self.switch(machine, plan).await;
-        freeze.thaw().await;
-        let instant = switched?;
-        self.freeze_read_bitmaps(plan).await?;
-        Ok((instant, freeze))
-    }
-
-    async fn execute(&self, doing: &str, command: stillpoint_qmp::Command) -> Result<serde_json::Value> {
-        self.qmp.execute(command).await.map_err(|error| qmp_error(doing, error))
-    }
-
-    /// First of all, since it is what most likely cannot be had.
-    async fn start_server(&mut self, plan: &[DiskPlan], settings: &Settings) -> Result<()> {
-        let listener = Listener::bind(&settings.runtime_directory)?;
-        self.steps.record(Step::Listener)?;
-        let passed = self.qmp.execute_with_fd(command::get_listener(), listener.descriptor()).await;
-        passed.map_err(|error| qmp_error("hand the NBD listener to QEMU", error))?;
-        // Recorded after the fact, alone of all steps: a server that is already there is somebody else's.
-        match self.qmp.execute(command::start_server(plan.len())).await {
-            Ok(_) => self.steps.record(Step::Server)?,
-            Err(error) if error.desc().is_some_and(|desc| desc.contains("already running")) => {
-                return Err(refused(
-                    "QEMU's one NBD server is already in use, by a storage migration or another backup tool; try again when it has ended",
-                )
-                .because(error));
-            }
-            Err(error) => return Err(qmp_error("start QEMU's NBD server", error)),
-        }
-        self.listener = Some(listener);
-        Ok(())
-    }
-
-    async fn add_fleecing(&mut self, index: usize, plan: &DiskPlan, settings: &Settings) -> Result<()> {
-        let named =
-            |error| Error::new(ErrorKind::Inconsistent, "cannot name what belongs to a disk").because(error);
-        let names = Names::new(index).map_err(named)?;
-        let image = Arc::new(FleecingImage::create(&settings.fleecing_directory, plan.disk.size)?);
-        self.steps.record(Step::FdSet { opaque: names.fd_set.clone() })?;
-        let reply = self.qmp.execute_with_fd(command::add_fd(&names.fd_set), image.descriptor()).await;
-        let reply = reply.map_err(|error| qmp_error("hand a fleecing image to QEMU", error))?;
-        let set = reply.get("fdset-id").and_then(serde_json::Value::as_u64);
-        let set =
-            set.ok_or_else(|| Error::new(ErrorKind::Inconsistent, "QEMU tells no id of a descriptor set"))?;
-        self.steps.record(Step::Node { name: names.fleecing.clone() })?;
-        self.execute("open a fleecing image in QEMU", command::add_fleecing(&names.fleecing, set)).await?;
-        let (old, granularity) = match &plan.mode {
-            ReadMode::Full { granularity } => (None, *granularity),
-            ReadMode::Since(generation) => {
-                let bitmap = plan.disk.bitmaps.iter().find(|bitmap| {
-                    bitmap.target == settings.target
-                        && bitmap.generation == *generation
-                        && bitmap.fault.is_none()
-                });
-                let bitmap = bitmap.ok_or_else(|| {
-                    Error::new(
-                        ErrorKind::Inconsistent,
-                        format!("disk {} has no bitmap since {generation}", plan.disk.name),
-                    )
-                })?;
-                (Some(bitmap.name.clone()), bitmap.granularity)
-            }
-        };
-        let new = names::chain_bitmap(&settings.target, &settings.point).map_err(named)?;
-        let ours = plan.disk.bitmaps.iter().filter(|bitmap| bitmap.target == settings.target);
-        let chain = ChainDisk {
-            disk: plan.disk.name.clone(),
-            node: plan.disk.node.clone(),
-            new,
-            earlier: ours.map(|bitmap| bitmap.name.clone()).collect(),
-            read_by: old,
-            granularity,
-            persistent: plan.disk.keeps_bitmaps,
-        };
-        self.disks.push(TakingDisk { names, image, chain });
-        Ok(())
-    }
-
-    /// All new bitmaps start to record here, before the instant: what they hold is then a superset of what changes
-    /// after it (I2). The old ones go on recording.
-    async fn add_bitmaps(&mut self, plan: &[DiskPlan]) -> Result<()> {
-        let mut actions = Vec::new();
-        for (plan, disk) in plan.iter().zip(&self.disks) {
-            let chain = &disk.chain;
-            self.steps
-                .record(Step::NewBitmap { node: chain.node.clone(), name: chain.new.as_str().to_owned() })?;
-            actions.push(command::add_bitmap(&chain.node, &chain.new, chain.granularity, chain.persistent));
-            if matches!(plan.mode, ReadMode::Since(_)) {
-                self.steps.record(Step::ReadBitmap { node: chain.node.clone() })?;
-                actions.push(command::add_read_bitmap(&chain.node, chain.granularity));
-            }
-        }
-        self.execute("add the bitmaps", command::transaction(&actions)).await?;
-        Ok(())
-    }
-
-    async fn switch(&mut self, machine: &Machine, plan: &[DiskPlan]) -> Result<Instant> {
-        let mut switches = Vec::new();
-        for (plan, disk) in plan.iter().zip(&self.disks) {
-            let disk_filter = &disk.names.filter;
-            self.steps.record(Step::Drive {
-                front_end: plan.disk.front_end.clone(),
-                filter: disk_filter.clone(),
-                original: plan.disk.node.clone(),
-            })?;
-            switches.push(command::set_drive(&plan.disk.front_end, disk_filter));
-        }
-        pause::switch(&self.qmp, machine.running, switches).await
-    }
-
-    /// Freezes a copy of each old bitmap, after the instant: it holds at least what changed before it.
-    async fn freeze_read_bitmaps(&self, plan: &[DiskPlan]) -> Result<()> {
-        let disks = plan.iter().zip(&self.disks);
-        let merge = |(_, disk): (&DiskPlan, &TakingDisk)| {
-            let source = disk.chain.read_by.as_ref()?;
-            Some(command::merge_into_read_bitmap(&disk.chain.node, source))
-        };
-        let actions: Vec<_> = disks.filter_map(merge).collect();
-        if !actions.is_empty() {
-            self.execute("freeze a copy of the bitmaps", command::transaction(&actions)).await?;
-        }
-        Ok(())
-    }
-
-    /// Makes the instant readable.
-    async fn open(&mut self, plan: &[DiskPlan]) -> Result<Opened> {
-        let path = self.listener.as_ref().map(Listener::path);
-        let path = path.ok_or_else(|| Error::new(ErrorKind::Inconsistent, "there is no NBD listener"))?;
-        let mut connections = Vec::new();
-        for (plan, disk) in plan.iter().zip(&self.disks) {
-            let names = &disk.names;
-            self.steps.record(Step::Node { name: names.access.clone() })?;
-            self.execute("add the snapshot access", command::add_access(&names.access, &names.filter))
-                .await?;
-            self.steps.record(Step::Export { id: names.export.clone() })?;
-            let bitmap = disk.chain.read_by.as_ref().map(|_| (&disk.chain.node, names::READ_BITMAP));
-            self.execute(
-                "export the snapshot access",
-                command::add_export(&names.export, &names.access, bitmap),
-            )
-            .await?;
-
-            let failed = |error: stillpoint_nbd::Error| {
-                Error::new(ErrorKind::Read, format!("connect to the export of disk {}", plan.disk.name))
-                    .because(error)
-            };
-            let options =
-                Options::new(&names.export).context(MetaContext::base_allocation()).in_flight(IN_FLIGHT);
-            let data = Client::connect_unix(&path, options).await.map_err(failed)?;
-            let dirty = match bitmap {
-                None => None,
-                Some(_) => {
-                    let context = MetaContext::other(&format!("qemu:dirty-bitmap:{}", names::READ_BITMAP));
-                    let options = Options::new(&names.export).context(context.clone());
-                    Some((Client::connect_unix(&path, options).await.map_err(failed)?, context))
-                }
-            };
-            if data.size() != plan.disk.size {
-                let context = format!(
-                    "disk {} has {} bytes, its export {}",
-                    plan.disk.name,
-                    plan.disk.size,
-                    data.size()
-                );
-                return Err(Error::new(ErrorKind::Inconsistent, context));
-            }
-            connections.push((data, dirty));
-        }
-        Ok(Opened { connections })
-    }
-
-    fn hold(
-        self,
-        plan: Vec<DiskPlan>,
-        settings: &Settings,
-        opened: Opened,
-        instant: Instant,
-        freeze: Freeze,
-    ) -> SnapshotAccess {
-        let (stop, stopped) = watch::channel(None);
-        let images = self.disks.iter().map(|disk| Arc::clone(&disk.image)).collect();
-        let watch = FleecingWatch::start(images, settings.fleecing_budget, stop.clone());
-        let mut volumes = Vec::new();
-        let mut modes = Vec::new();
-        let mut chain = Vec::new();
-        for ((plan, disk), (data, dirty)) in plan.into_iter().zip(self.disks).zip(opened.connections) {
-            volumes.push(Arc::new(AccessVolume {
-                name: plan.disk.name,
-                size: plan.disk.size,
-                data,
-                dirty,
-                discards: Mutex::new(DiscardPlanner::new(FILTER_CLUSTER, plan.disk.size)),
-                fleecing: disk.image,
-                piece: reads_within(self.qmp.version().number(), FILTER_CLUSTER),
-                stop: stopped.clone(),
-                read: AtomicU64::new(0),
-                passed: AtomicU64::new(0),
-            }));
-            modes.push(match plan.mode {
-                ReadMode::Full { .. } => (BitmapMode::New, None),
-                ReadMode::Since(generation) => (BitmapMode::Reuse, Some(generation)),
-            });
-            chain.push(disk.chain);
-        }
-        SnapshotAccess {
-            qmp: self.qmp.clone(),
-            steps: self.steps,
-            dirty: volumes.iter().map(|volume| volume.size).collect(),
-            volumes,
-            modes,
-            discards: Vec::new(),
-            listener: self.listener,
-            watch,
-            stop,
-            chain: Chain::new(self.qmp, chain),
-            instant,
-            freeze,
-        }
-    }
-
-    /// Undoes all, the new bitmaps included: there was no point yet.
-    async fn give_up(mut self, error: Error) -> Error {
-        let mut failures = self.steps.undo(&self.qmp).await;
-        let disks = self.disks.drain(..).map(|disk| disk.chain).collect();
-        failures.extend(Chain::new(self.qmp.clone(), disks).roll_back().await.err());
-        if let Some(failure) = failures.into_iter().next() {
-            tracing::warn!(error = error_chain(&failure), "could not undo everything");
-            return Error::new(ErrorKind::LeftBehind, "the run failed, and something is left in the VM")
-                .because(error);
-        }
-        error
-    }
-}
-
 impl SnapshotAccess {
     /// Reads all maps once, which proves that they are complete (I7) and tells how much there is to read, and starts
     /// to give back what is clean.
@@ -556,9 +249,9 @@ impl SnapshotAccess {
             let failed =
                 |error| Error::new(ErrorKind::Read, format!("map disk {}", volume.name)).because(error);
             dirty.push(bytes.map_err(failed)?);
-            if volume.dirty.is_some() {
+            if volume.dirty.is_some() && volume.fleecing.is_some() {
                 let volume = Arc::clone(volume);
-                self.discards.push(tokio::spawn(async move {
+                self.tasks.push(tokio::spawn(async move {
                     if let Err(error) = volume.discard_clean().await {
                         tracing::debug!(disk = %volume.name, error = error_chain(&error), "clean parts were not discarded");
                     }

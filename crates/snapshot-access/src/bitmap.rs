@@ -21,6 +21,7 @@ use crate::{
     command,
     error::{Error, ErrorKind, Result},
     inspect::qmp_error,
+    steps::{Steps, has_ended},
 };
 use stillpoint_model::{BitmapName, DiskName, Granularity, NodeName};
 use stillpoint_qmp::Qmp;
@@ -30,45 +31,61 @@ use stillpoint_qmp::Qmp;
 pub(crate) struct ChainDisk {
     pub(crate) disk: DiskName,
     pub(crate) node: NodeName,
-    pub(crate) new: BitmapName,
+    /// `None` where a bitmap would be lost with the process that holds it.
+    pub(crate) new: Option<BitmapName>,
     pub(crate) earlier: Vec<BitmapName>,
     pub(crate) read_by: Option<BitmapName>,
     pub(crate) granularity: Granularity,
     pub(crate) persistent: bool,
 }
 
-/// The bitmaps of a run whose outcome is open.
+/// The bitmaps of a run whose outcome is open, and what else is settled only with it.
 #[must_use = "the outcome of the run decides which bitmaps stay"]
 pub struct Chain {
     qmp: Qmp,
     disks: Vec<ChainDisk>,
+    steps: Steps,
+    held_power: bool,
 }
 
 impl Chain {
-    pub(crate) fn new(qmp: Qmp, disks: Vec<ChainDisk>) -> Self {
-        Self { qmp, disks }
+    pub(crate) fn new(qmp: Qmp, disks: Vec<ChainDisk>, steps: Steps, held_power: bool) -> Self {
+        Self { qmp, disks, steps, held_power }
     }
 
-    /// The point is durable: drops what earlier points of this target left (I3).
+    /// The point is durable: drops what earlier points of this target left (I3). Like each of the three ways to end it,
+    /// this ends QEMU if the guest has powered itself off meanwhile, and tells whether it has.
     ///
     /// # Errors
     /// If a bitmap could not be dropped; then it goes with the next run, and the point is as good.
-    pub async fn commit(self) -> Result<()> {
+    pub async fn commit(self) -> Result<bool> {
         let earlier = self.disks.iter().flat_map(|disk| disk.earlier.iter().map(move |name| (disk, name)));
-        self.remove(earlier.collect()).await
+        let removed = self.remove(earlier.collect()).await;
+        self.end(removed).await
     }
 
     /// The point will never be: drops the new bitmaps; the earlier ones have recorded all the while.
     ///
     /// # Errors
     /// If a bitmap could not be dropped; it harms nothing but memory, and goes with the next run.
-    pub async fn roll_back(self) -> Result<()> {
-        let new = self.disks.iter().map(|disk| (disk, &disk.new)).collect();
-        self.remove(new).await
+    pub async fn roll_back(self) -> Result<bool> {
+        let new = self.disks.iter().filter_map(|disk| Some((disk, disk.new.as_ref()?))).collect();
+        let removed = self.remove(new).await;
+        self.end(removed).await
     }
 
     /// Nobody knows whether the point is durable: keeps both.
-    pub fn keep_both(self) {}
+    ///
+    /// # Errors
+    /// If the guest's power-off could not be granted.
+    pub async fn keep_both(self) -> Result<bool> {
+        self.end(Ok(())).await
+    }
+
+    async fn end(self, removed: Result<()>) -> Result<bool> {
+        let ended = self.steps.end(&self.qmp, self.held_power).await;
+        removed.and(ended)
+    }
 
     async fn remove(&self, bitmaps: Vec<(&ChainDisk, &BitmapName)>) -> Result<()> {
         let mut failure = None;
@@ -79,6 +96,8 @@ impl Chain {
                 Err(error) if error.class().is_some() => {
                     tracing::debug!(disk = %disk.disk, bitmap = %name, desc = error.desc(), "bitmap not removed");
                 }
+                // Without its QEMU a bitmap is either stored or gone, and the next run sees which.
+                Err(_) if has_ended(&self.qmp).await => return Ok(()),
                 Err(error) => {
                     let error = qmp_error(&format!("drop a bitmap of disk {}", disk.disk), error);
                     failure.get_or_insert(

@@ -66,6 +66,15 @@ pub(crate) fn cont() -> Command {
     Command::new("cont")
 }
 
+/// What QEMU does when the guest powers itself off: `poweroff` ends it, `pause` leaves it in state `shutdown`.
+pub(crate) fn set_shutdown_action(action: &str) -> Command {
+    Command::with("set-action", json!({"shutdown": action}))
+}
+
+pub(crate) fn quit() -> Command {
+    Command::new("quit")
+}
+
 /// To be sent with the descriptor.
 pub(crate) fn add_fd(opaque: &str) -> Command {
     Command::with("add-fd", json!({"opaque": opaque}))
@@ -138,9 +147,15 @@ pub(crate) fn delete_node(node: &str) -> Command {
     Command::with("blockdev-del", json!({"node-name": node}))
 }
 
-/// Writable, since a read-only export takes no discards either; who may connect is settled by the socket's directory.
-pub(crate) fn add_export(id: &str, node: &NodeName, bitmap: Option<(&NodeName, &str)>) -> Command {
-    let mut export = json!({"type": "nbd", "id": id, "name": id, "node-name": node, "writable": true});
+/// `discards` asks for an export that takes them, which a read-only one does not; who may connect is settled by the
+/// socket's directory.
+pub(crate) fn add_export(
+    id: &str,
+    node: &NodeName,
+    bitmap: Option<(&NodeName, &str)>,
+    discards: bool,
+) -> Command {
+    let mut export = json!({"type": "nbd", "id": id, "name": id, "node-name": node, "writable": discards});
     if let (Some((node, name)), Some(export)) = (bitmap, export.as_object_mut()) {
         export.insert("bitmaps".into(), json!([{"node": node, "name": name}]));
     }

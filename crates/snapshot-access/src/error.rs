@@ -21,6 +21,12 @@ pub enum ErrorKind {
     Host,
     /// Something of ours is still in the VM.
     LeftBehind,
+    /// Another run works on this VM.
+    Locked,
+    /// The run was to be cancelled.
+    Cancelled,
+    /// The VM's QEMU has ended.
+    Ended,
 }
 
 /// An error of this crate. `Display` is the context alone; the cause is in `source()`.

@@ -2,13 +2,50 @@
 //!
 //! # Crash
 //! The file has no name (`O_TMPFILE`); QEMU gets its descriptor. Whoever dies, the space is free as soon as the last
-//! descriptor is closed, and no path or permission ever mattered.
+//! descriptor is closed, and no path or permission ever mattered. A file system that has no such files (NFS, many FUSE
+//! ones) gets a name that is journaled before it is made and removed as soon as the file is open.
 
-use crate::error::{Error, ErrorKind, Result};
-use rustix::fs::{Mode, OFlags, SeekFrom, fstat, fstatvfs, ftruncate, open, seek};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use crate::{
+    error::{Error, ErrorKind, Result},
+    step::Step,
+};
+use rustix::{
+    fs::{
+        AtFlags, Mode, OFlags, SeekFrom, StatxFlags, fstat, fstatvfs, ftruncate, open, seek, statvfs, statx,
+        unlink,
+    },
+    io::{Errno, ReadWriteFlags, pwritev2},
+};
+use std::{
+    io::IoSlice,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 use stillpoint_model::{Length, Offset, Range};
+
+/// Begins the name of an image that must have one for a moment.
+const NAME_PREFIX: &str = ".stillpoint-fleece-";
+/// Storage that does not answer for this long hangs, as far as a guest is concerned that would wait for it.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(10);
+
+/// Whether a name in a journal is that of a fleecing image, and nothing else's.
+pub(crate) fn is_a_file_of_ours(path: &Path) -> bool {
+    path.is_absolute()
+        && path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(NAME_PREFIX))
+}
+
+/// Whether the file system of `directory` answers. What hangs must be found out before QEMU's nodes are touched: taking
+/// them out waits for what is under way, and the guest with it.
+pub(crate) async fn storage_answers(directory: PathBuf) -> bool {
+    in_time(move || statvfs(&directory).map(|_| ())).await
+}
+
+/// Whether `ask` returns in time, whatever it returns. It may never do: then its thread is given up.
+async fn in_time(ask: impl FnOnce() -> rustix::io::Result<()> + Send + 'static) -> bool {
+    tokio::time::timeout(ANSWERS_WITHIN, tokio::task::spawn_blocking(ask)).await.is_ok()
+}
 
 /// The fleecing image of one disk.
 #[derive(Debug)]
@@ -18,15 +55,35 @@ pub(crate) struct FleecingImage {
 }
 
 impl FleecingImage {
-    /// A sparse image for a disk of `size` bytes in `directory`.
-    pub(crate) fn create(directory: &Path, size: Length) -> Result<Self> {
-        let failed = |doing: &str, error: rustix::io::Errno| {
+    /// A sparse image for a disk of `size` bytes in `directory`; what it does to the host is told to `record` first.
+    pub(crate) fn create(
+        directory: &Path,
+        size: Length,
+        record: &mut dyn FnMut(Step) -> Result<()>,
+    ) -> Result<Self> {
+        let failed = |doing: &str, error: Errno| {
             Error::new(ErrorKind::Host, format!("{doing} a fleecing image in {}", directory.display()))
                 .because(error)
         };
-        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        let file =
-            open(directory, flags, Mode::RUSR | Mode::WUSR).map_err(|error| failed("create", error))?;
+        let flags = OFlags::RDWR | OFlags::CLOEXEC;
+        let owner = Mode::RUSR | Mode::WUSR;
+        let file = match open(directory, flags | OFlags::TMPFILE, owner) {
+            Ok(file) => file,
+            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) if directory.is_dir() => {
+                let mut random = [0u8; 8];
+                rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
+                    .map_err(|error| failed("name", error))?;
+                let directory = std::path::absolute(directory).unwrap_or_else(|_| directory.to_owned());
+                let path = directory.join(format!("{NAME_PREFIX}{:016x}", u64::from_ne_bytes(random)));
+                record(Step::FleecingFile { path: path.clone() })?;
+                let flags = flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
+                let file = open(&path, flags, owner).map_err(|error| failed("create", error))?;
+                stillpoint_failpoint::reached("fleecing:named");
+                unlink(&path).map_err(|error| failed("take the name from", error))?;
+                file
+            }
+            Err(error) => return Err(failed("create", error)),
+        };
         // QEMU counts in sectors of 512 bytes and wants the target to be no smaller than the disk.
         let sectors = size.get().checked_next_multiple_of(512).unwrap_or(size.get());
         ftruncate(&file, sectors).map_err(|error| failed("give its size to", error))?;
@@ -66,6 +123,22 @@ impl FleecingImage {
         }
     }
 
+    /// Whether its storage answers to a question, and if `to_a_write` also to a write that has to reach the disk.
+    pub(crate) async fn answers(self: &Arc<Self>, to_a_write: bool) -> bool {
+        let image = Arc::clone(self);
+        in_time(move || {
+            let ask = AtFlags::EMPTY_PATH | AtFlags::STATX_FORCE_SYNC;
+            statx(&image.file, "", ask, StatxFlags::BASIC_STATS)?;
+            if to_a_write {
+                // Behind the image's end, where QEMU never looks.
+                let end = u64::try_from(fstat(&image.file)?.st_size).unwrap_or(0);
+                pwritev2(&image.file, &[IoSlice::new(&[0])], end, ReadWriteFlags::DSYNC)?;
+            }
+            Ok(())
+        })
+        .await
+    }
+
     /// Where it is, for messages.
     pub(crate) fn directory(&self) -> &Path {
         &self.directory
@@ -79,7 +152,7 @@ mod test {
     #[test]
     fn it_leaves_no_name_and_tells_how_full_it_is() {
         let directory = tempfile::tempdir().unwrap();
-        let image = FleecingImage::create(directory.path(), Length::new(1_000_001)).unwrap();
+        let image = FleecingImage::create(directory.path(), Length::new(1_000_001), &mut |_| Ok(())).unwrap();
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
         assert_eq!(image.used(), Length::ZERO);
         rustix::io::pwrite(image.descriptor(), &[1u8; 65_536], 0).unwrap();
@@ -92,7 +165,8 @@ mod test {
 
     #[test]
     fn a_directory_that_is_not_there_is_named() {
-        let error = FleecingImage::create(Path::new("/nonexistent/fleecing"), Length::new(1)).unwrap_err();
+        let directory = Path::new("/nonexistent/fleecing");
+        let error = FleecingImage::create(directory, Length::new(1), &mut |_| Ok(())).unwrap_err();
         assert!(error.to_string().contains("/nonexistent/fleecing"), "{error}");
         assert_eq!(error.kind(), ErrorKind::Host);
     }

@@ -27,6 +27,8 @@ pub struct Machine {
     pub running: bool,
     /// QEMU's word for its state (`running`, `paused`, `shutdown`, ...).
     pub status: String,
+    /// Whether no QEMU runs it, and its images were opened by themselves.
+    pub off: bool,
     /// Its disks, in QEMU's order. Removable media are not disks.
     pub disks: Vec<Disk>,
     /// Disks in the way of a backup unless they are excluded, and why.
@@ -50,6 +52,8 @@ pub struct Disk {
     pub image: Option<PathBuf>,
     /// Whether the image can hold a bitmap across QEMU's end.
     pub(crate) keeps_bitmaps: bool,
+    /// Whether a bitmap on it would be of use to the next run.
+    pub(crate) takes_bitmaps: bool,
     /// The bitmaps of ours on it.
     pub(crate) bitmaps: Vec<ChainBitmap>,
 }
@@ -147,6 +151,7 @@ impl Machine {
             name,
             running: status.running,
             status: status.status,
+            off: false,
             disks: Vec::new(),
             obstacles: Vec::new(),
         };
@@ -163,8 +168,7 @@ impl Machine {
 
     async fn refuse_what_others_do(&self, qmp: &Qmp) -> Result<()> {
         let migration: Value = ask(qmp, command::query_migrate()).await?;
-        let state = migration.get("status").and_then(Value::as_str).unwrap_or("none");
-        if !matches!(state, "none" | "completed" | "failed" | "cancelled") {
+        if let Some(state) = migration_under_way(&migration) {
             return Err(refused(format!(
                 "a migration of this VM is under way (status {state}); try again when it has ended"
             )));
@@ -220,6 +224,7 @@ impl Machine {
             format: inserted.drv,
             image: (inserted.file.starts_with('/')).then(|| PathBuf::from(inserted.file)),
             keeps_bitmaps,
+            takes_bitmaps: true,
             bitmaps,
         });
         Ok(())
@@ -241,6 +246,12 @@ impl Machine {
         }
         Ok(())
     }
+}
+
+/// The state of a migration, by the reply to `query-migrate`, if one is under way.
+pub(crate) fn migration_under_way(migration: &Value) -> Option<&str> {
+    let state = migration.get("status").and_then(Value::as_str).unwrap_or("none");
+    (!matches!(state, "none" | "completed" | "failed" | "cancelled")).then_some(state)
 }
 
 /// Refuses a QEMU that cannot do what is needed; to be asked before anything else, since an old one lacks commands.

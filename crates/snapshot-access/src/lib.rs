@@ -31,7 +31,7 @@
 //! let volumes = access.volumes();
 //! // ... read them, make the point durable ...
 //! # drop(volumes);
-//! let (chain, torn_down) = access.tear_down().await;
+//! let (chain, torn_down) = access.tear_down(false).await;
 //! chain.commit().await?;
 //! torn_down?;
 //! # Ok(()) }
@@ -44,13 +44,19 @@ mod discard;
 mod error;
 mod fleecing;
 mod freeze;
+mod guard;
 mod inspect;
 mod journal;
 mod listener;
+mod lock;
 mod names;
 mod pause;
+mod power;
+mod process;
 mod recover;
 mod step;
+mod steps;
+mod taking;
 mod volume;
 mod watch;
 
@@ -59,7 +65,10 @@ pub use bitmap::Chain;
 pub use discard::DiscardPlanner;
 pub use error::{Error, ErrorKind, Result};
 pub use freeze::Freeze;
+pub use guard::run_guard;
 pub use inspect::{Disk, Machine};
+pub use journal::sweep;
 pub use listener::private_directory;
+pub use lock::RunLock;
 pub use pause::Instant;
 pub use recover::LeftOvers;

@@ -1,14 +1,27 @@
 //! The NBD listener: bound by us, in a private directory, and passed to QEMU as a descriptor, so that neither QEMU's
 //! user nor its umask decides who can reach the disks (S01).
 
-use crate::error::{Error, ErrorKind, Result};
-use std::fs::Permissions;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::{
-    fs::{DirBuilderExt as _, PermissionsExt as _},
-    net::UnixListener,
+use crate::{
+    error::{Error, ErrorKind, Result},
+    step::Step,
 };
-use std::path::{Path, PathBuf};
+use std::{
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::{fs::DirBuilderExt as _, net::UnixListener},
+    },
+    path::{Path, PathBuf},
+};
+
+/// Begins the name of a listener's directory.
+const DIRECTORY_PREFIX: &str = "nbd-";
+
+/// Whether a name in a journal is that of a listener's directory, and nothing else's.
+pub(crate) fn is_a_directory_of_ours(name: &str) -> bool {
+    name.strip_prefix(DIRECTORY_PREFIX)
+        .is_some_and(|rest| rest.bytes().all(|byte| byte.is_ascii_alphanumeric()))
+}
 
 /// A listening socket in a directory of its own; both go away with it.
 #[derive(Debug)]
@@ -18,25 +31,30 @@ pub(crate) struct Listener {
 }
 
 impl Listener {
-    /// Binds a fresh socket under `runtime` (which is created, 0700, if it is not there).
-    pub(crate) fn bind(runtime: &Path) -> Result<Self> {
+    /// Binds a fresh socket in a directory of its own under `runtime` (which is created, 0700, if it is not there). The
+    /// directory's name is told to `record` before there is one.
+    pub(crate) fn bind(runtime: &Path, record: &mut dyn FnMut(Step) -> Result<()>) -> Result<Self> {
         private_directory(runtime)?;
-        let directory = tempfile::Builder::new()
-            .prefix("nbd-")
-            .permissions(Permissions::from_mode(0o700))
-            .tempdir_in(runtime)
-            .map_err(|error| {
-                Error::new(
-                    ErrorKind::Host,
-                    format!("create a directory for the NBD socket in {}", runtime.display()),
-                )
-                .because(error)
-            })?;
-        let path = directory.path().join("socket");
-        let socket = UnixListener::bind(&path).map_err(|error| {
-            Error::new(ErrorKind::Host, format!("listen on {}", path.display())).because(error)
-        })?;
-        Ok(Self { socket, directory: directory.keep() })
+        let host = |doing: String| move |error: io::Error| Error::new(ErrorKind::Host, doing).because(error);
+        let mut random = [0u8; 8];
+        rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
+            .map_err(|error| host("name the NBD socket".into())(error.into()))?;
+        let name = format!("{DIRECTORY_PREFIX}{:016x}", u64::from_ne_bytes(random));
+        record(Step::Listener { directory: name.clone() })?;
+        let directory = runtime.join(name);
+        std::fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&directory)
+            .map_err(host(format!("create directory {}", directory.display())))?;
+        let path = directory.join("socket");
+        let bound = UnixListener::bind(&path).map_err(host(format!("listen on {}", path.display())));
+        match bound {
+            Ok(socket) => Ok(Self { socket, directory }),
+            Err(error) => {
+                let _ = std::fs::remove_dir_all(&directory);
+                Err(error)
+            }
+        }
     }
 
     pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
@@ -78,11 +96,12 @@ pub fn private_directory(path: &Path) -> Result<()> {
 #[cfg(test)]
 mod test {
     use super::*;
+    use std::{fs::Permissions, os::unix::fs::PermissionsExt as _};
 
     #[test]
     fn only_its_owner_reaches_the_socket_and_nothing_stays() {
         let runtime = tempfile::tempdir().unwrap();
-        let listener = Listener::bind(runtime.path()).unwrap();
+        let listener = Listener::bind(runtime.path(), &mut |_| Ok(())).unwrap();
         let mode = std::fs::metadata(listener.path().parent().unwrap()).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o700);
         assert!(listener.path().exists());
@@ -94,6 +113,6 @@ mod test {
     fn a_directory_that_others_can_write_to_is_refused() {
         let runtime = tempfile::tempdir().unwrap();
         std::fs::set_permissions(runtime.path(), Permissions::from_mode(0o777)).unwrap();
-        assert!(Listener::bind(runtime.path()).is_err());
+        assert!(Listener::bind(runtime.path(), &mut |_| Ok(())).is_err());
     }
 }

@@ -12,7 +12,7 @@
 use crate::{
     command,
     error::{Error, ErrorKind, Result},
-    inspect::qmp_error,
+    inspect::{ask, qmp_error},
 };
 use std::{fs::File, path::PathBuf, time::Duration};
 use stillpoint_qmp::{Command, Qmp};
@@ -74,17 +74,23 @@ pub(crate) async fn switch(qmp: &Qmp, running: bool, switches: Vec<Command>) -> 
         }
     }
     if !resumed {
-        // One more try, whatever the reason: a paused guest is the worst that we can leave.
-        if let Err(error) = qmp.execute(command::cont()).await {
-            return Err(Error::new(
-                ErrorKind::LeftBehind,
-                "the guest could not be resumed; type `cont` on its monitor",
-            )
-            .because(error));
-        }
+        resume(qmp).await?;
     }
     match failure {
         Some(error) => Err(qmp_error("point the front ends at their filters", error)),
         None => Ok(Instant { time, pause: if running { pause } else { Duration::ZERO } }),
     }
+}
+
+/// One more try, whatever the reason: a paused guest is the worst that we can leave. A guest that has powered itself
+/// off in that very moment stands still by its own wish.
+async fn resume(qmp: &Qmp) -> Result<()> {
+    let Err(error) = qmp.execute(command::cont()).await else { return Ok(()) };
+    let status = ask::<serde_json::Value>(qmp, command::query_status()).await.ok();
+    let status = status.as_ref().and_then(|status| status.get("status")?.as_str()).unwrap_or("unknown");
+    if status == "paused" || status == "unknown" {
+        let context = "the guest could not be resumed; type `cont` on its monitor";
+        return Err(Error::new(ErrorKind::LeftBehind, context).because(error));
+    }
+    Ok(())
 }

@@ -1,7 +1,8 @@
 //! What an earlier run left in a VM, and how it is undone.
 //!
-//! QEMU itself tells what is there, by our names; the journal adds what QEMU cannot tell (whose the NBD server is, and
-//! on which node a filter stood, should the graph not say). Undoing is the same code as in a run that goes well, and
+//! QEMU itself tells what is there, by our names; the journal adds what QEMU cannot tell (whose the NBD server is, who
+//! paused or froze the guest, whether its power-off is held up, and on which node a filter stood, should the graph not
+//! say). Undoing is the same code as in a run that goes well, and
 //! can be cut off and begun again anywhere: each time it looks first.
 //!
 //! Bitmaps of the chain are no left-overs. After a death both may be there, both complete; the next run asks the
@@ -10,13 +11,18 @@
 use crate::{
     command,
     error::{Error, ErrorKind, Result},
+    fleecing,
     inspect::{ask, refuse_old},
     journal::Journal,
     names::{self, is_ours},
+    power, process,
     step::Step,
 };
 use serde_json::Value;
-use std::{collections::BTreeMap, path::Path, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+};
 use stillpoint_model::NodeName;
 use stillpoint_qmp::Qmp;
 
@@ -24,6 +30,10 @@ use stillpoint_qmp::Qmp;
 #[derive(Debug)]
 pub struct LeftOvers {
     steps: Vec<Step>,
+    /// Whether a power-off of the guest is held up, to be granted when all else is undone.
+    held_power: bool,
+    /// Where the fleecing images are.
+    storage: BTreeSet<PathBuf>,
     runtime: PathBuf,
 }
 
@@ -59,18 +69,28 @@ impl LeftOvers {
         }
         let our_exports: Vec<String> =
             exports.iter().filter_map(|export| text(export, "id")).filter(|id| is_ours(id)).collect();
-        if journal.contains(&Step::Listener) {
-            steps.push(Step::Listener);
-        }
-        // Alone with our exports, or started by a run of ours that did not stop it: the server is ours.
+        let of_kind =
+            |name: &str| journal.iter().filter(|step| step.name() == name).cloned().collect::<Vec<_>>();
+        steps.extend(of_kind("fleecing-file"));
+        steps.extend(of_kind("listener"));
+        // Alone with our exports, or with a run of ours that got as far as making some, the server is ours. With one that
+        // only began to start it, its monitor's descriptor tells, so it has to be this monitor.
+        let begun = Step::Begin { monitor: process::socket_key(qmp.path()) };
+        let started =
+            !of_kind("export").is_empty() || (journal.contains(&begun) && journal.contains(&Step::Server));
         let foreign_exports = exports.len() > our_exports.len();
-        if !foreign_exports && (!our_exports.is_empty() || journal.contains(&Step::Server)) {
+        if !foreign_exports && (!our_exports.is_empty() || started) {
             steps.push(Step::Server);
         }
         // QEMU keeps a removed set until the guest runs: without a trace of a run that died it is no left-over.
         if !journal.is_empty() || !ours.is_empty() {
-            steps.extend(our_fd_sets(qmp).await?.into_iter().map(|opaque| Step::FdSet { opaque }));
+            let sets = our_fd_sets(qmp).await?;
+            steps.extend(sets.into_iter().map(|opaque| Step::FdSet { opaque, directory: PathBuf::new() }));
         }
+        let storage = journal.iter().filter_map(|step| match step {
+            Step::FdSet { directory, .. } => Some(directory.clone()),
+            _ => None,
+        });
         // In the order in which a run makes them, so that undoing from the last is right.
         for role in ["fleece", "filter"] {
             let prefix = format!("{}{role}-", names::PREFIX);
@@ -82,40 +102,97 @@ impl LeftOvers {
         let access = ours.iter().filter(|name| name.as_str().starts_with(&access));
         steps.extend(access.map(|name| Step::Node { name: name.clone() }));
         steps.extend(our_exports.into_iter().map(|id| Step::Export { id }));
-        Ok(Self { steps, runtime: runtime.to_owned() })
+        // Last, so that it is undone first.
+        let last = |one: &str, other: &str| {
+            journal.iter().rev().find(|step| step.name() == one || step.name() == other).cloned()
+        };
+        steps.extend(last("freeze", "thawed").filter(|step| step.name() == "freeze"));
+        let status: Value = ask(qmp, command::query_status()).await?;
+        if last("pause", "resumed") == Some(Step::Pause)
+            && text(&status, "status").as_deref() == Some("paused")
+        {
+            steps.push(Step::Pause);
+        }
+        Ok(Self {
+            steps,
+            held_power: journal.contains(&Step::ShutdownAction),
+            storage: storage.collect(),
+            runtime: runtime.to_owned(),
+        })
     }
 
     /// Whether there is nothing.
     pub fn is_empty(&self) -> bool {
-        self.steps.is_empty()
+        self.steps.is_empty() && !self.held_power
     }
 
     /// A line for each.
     pub fn describe(&self) -> Vec<String> {
-        self.steps.iter().map(Step::describe).collect()
+        let power = self.held_power.then(|| Step::ShutdownAction.describe());
+        power.into_iter().chain(self.steps.iter().map(Step::describe)).collect()
     }
 
-    /// Undoes all of it, going on whatever fails, and looks again.
+    /// Undoes all of it, going on whatever fails, and looks again. Last of all it grants the guest's power-off, if one
+    /// was held up; `true` says that it ended QEMU.
     ///
     /// # Errors
     /// [`ErrorKind::LeftBehind`] if something is still there.
-    pub async fn undo(self, qmp: &Qmp) -> Result<()> {
+    pub async fn undo(self, qmp: &Qmp) -> Result<bool> {
         let mut first = None;
+        let mut hangs = None;
         for step in self.steps.iter().rev() {
+            if !matches!(step, Step::Pause | Step::Freeze { .. }) && hangs.is_none() {
+                hangs = Some(self.storage_hangs().await);
+            }
+            if let Some(Some(directory)) = &hangs {
+                let context = format!(
+                    "the storage of the fleecing images in {} does not answer, and taking them out would make the guest \
+                     wait for it; the guest runs on. Try again when it answers",
+                    directory.display()
+                );
+                return Err(Error::new(ErrorKind::LeftBehind, context));
+            }
+            step.undo_on_host(&self.runtime);
             if let Err(error) = step.undo(qmp).await {
                 first.get_or_insert(error);
             }
+            stillpoint_failpoint::reached(&format!("recovered:{}", step.name()));
         }
         if let Some(error) = first {
             return Err(Error::new(ErrorKind::LeftBehind, "not everything could be undone").because(error));
         }
-        Journal::forget(&self.runtime, qmp);
-        let rest = Self::find(qmp, &self.runtime).await?;
-        if rest.is_empty() {
-            Ok(())
-        } else {
-            Err(Error::new(ErrorKind::LeftBehind, format!("still in the VM: {}", rest.describe().join(", "))))
+        let rest = Self::look_again(qmp, &self.runtime).await?;
+        if !rest.is_empty() {
+            return Err(Error::new(ErrorKind::LeftBehind, format!("still in the VM: {}", rest.join(", "))));
         }
+        let ended = if self.held_power { power::settle(qmp).await? } else { false };
+        Journal::forget(&self.runtime, qmp);
+        Ok(ended)
+    }
+
+    async fn storage_hangs(&self) -> Option<PathBuf> {
+        for directory in &self.storage {
+            if !fleecing::storage_answers(directory.clone()).await {
+                return Some(directory.clone());
+            }
+        }
+        None
+    }
+
+    /// What QEMU itself still shows; the journal is not asked, since all that it tells of was undone.
+    async fn look_again(qmp: &Qmp, runtime: &Path) -> Result<Vec<String>> {
+        let found = Self::find(qmp, runtime).await?;
+        let shown = |step: &&Step| {
+            matches!(
+                step,
+                Step::Node { .. }
+                    | Step::ReadBitmap { .. }
+                    | Step::Drive { .. }
+                    | Step::Export { .. }
+                    | Step::Pause
+            )
+        };
+        Ok(found.steps.iter().filter(shown).map(Step::describe).collect())
     }
 }
 

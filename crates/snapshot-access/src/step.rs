@@ -1,80 +1,196 @@
-//! What a run does to a VM, step by step, and what undoes each step.
+//! What a run does to a VM and to this host, step by step, and what undoes each step.
 //!
-//! A step (but for `Server`: one that is there already is not ours) is recorded before its side effect, so that undoing always covers at least what was done; undoing a step
+//! Every step is recorded before its side effect, so that undoing always covers at least what was done; undoing a step
 //! that never took effect does nothing. Recovery of a run that died undoes the same steps, found by their names.
 //!
-//! | step          | done by                              | undone by                                |
-//! |---------------|--------------------------------------|------------------------------------------|
-//! | `Listener`    | `getfd`                              | `closefd` (gone once the server has it)  |
-//! | `Server`      | `nbd-server-start`                   | `nbd-server-stop`                        |
-//! | `FdSet`       | `add-fd`                             | `remove-fd`                              |
-//! | `Node`        | `blockdev-add`                       | `blockdev-del`                           |
-//! | `NewBitmap`   | `block-dirty-bitmap-add`             | `block-dirty-bitmap-remove`, by outcome  |
-//! | `ReadBitmap`  | `block-dirty-bitmap-add`, `-merge`   | `block-dirty-bitmap-remove`              |
-//! | `Drive`       | `qom-set` to the filter              | `qom-set` to the disk's own node         |
-//! | `Export`      | `block-export-add`                   | `block-export-del`, then awaited         |
+//! | step             | done by                            | undone by                                       |
+//! |------------------|------------------------------------|-------------------------------------------------|
+//! | `ShutdownAction` | `set-action shutdown=pause`        | `set-action`, and `quit` if the guest is off    |
+//! | `Listener`       | a directory; `getfd`               | directory removed; `closefd`                    |
+//! | `Server`         | `nbd-server-start`                 | `nbd-server-stop`, if it took our listener      |
+//! | `FleecingFile`   | a file, where it must have a name  | file removed                                    |
+//! | `FdSet`          | `add-fd`                           | `remove-fd`                                     |
+//! | `Node`           | `blockdev-add`                     | `blockdev-del`                                  |
+//! | `NewBitmap`      | `block-dirty-bitmap-add`           | `block-dirty-bitmap-remove`, by outcome         |
+//! | `ReadBitmap`     | `block-dirty-bitmap-add`, `-merge` | `block-dirty-bitmap-remove`                     |
+//! | `Freeze`         | `guest-fsfreeze-freeze`            | `guest-fsfreeze-thaw`, then `Thawed`            |
+//! | `Pause`          | `stop`                             | `cont`, then `Resumed`                          |
+//! | `Drive`          | `qom-set` to the filter            | `qom-set` to the disk's own node                |
+//! | `Export`         | `block-export-add`                 | `block-export-del`, then awaited                |
 
 use crate::{
     command,
     error::{Error, ErrorKind, Result},
+    fleecing, freeze,
     inspect::{ask, qmp_error},
-    names,
+    listener, names, power,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::time::Duration;
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 use stillpoint_model::NodeName;
 use stillpoint_qmp::{Command, EventStream, Qmp};
 
 /// How long QEMU may take to let go of an export: its clients are ours and already gone.
 const EXPORT_GONE: Duration = Duration::from_secs(20);
 
-/// One thing done to the VM.
+/// One thing done to the VM or to the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "step", rename_all = "kebab-case")]
 pub(crate) enum Step {
-    Listener,
+    /// Not a step: which monitor the run uses.
+    Begin {
+        monitor: String,
+    },
+    ShutdownAction,
+    /// `directory` is below the runtime directory.
+    Listener {
+        directory: String,
+    },
     Server,
-    FdSet { opaque: String },
-    Node { name: NodeName },
-    NewBitmap { node: NodeName, name: String },
-    ReadBitmap { node: NodeName },
-    Drive { front_end: String, filter: NodeName, original: NodeName },
-    Export { id: String },
+    FleecingFile {
+        path: PathBuf,
+    },
+    /// `directory` is where the descriptor's file is.
+    FdSet {
+        opaque: String,
+        directory: PathBuf,
+    },
+    Node {
+        name: NodeName,
+    },
+    NewBitmap {
+        node: NodeName,
+        name: String,
+    },
+    ReadBitmap {
+        node: NodeName,
+    },
+    Freeze {
+        agent: PathBuf,
+    },
+    Thawed,
+    Pause,
+    Resumed,
+    Drive {
+        front_end: String,
+        filter: NodeName,
+        original: NodeName,
+    },
+    Export {
+        id: String,
+    },
 }
 
 impl Step {
+    /// What it is called in the journal.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Begin { .. } => "begin",
+            Self::ShutdownAction => "shutdown-action",
+            Self::Listener { .. } => "listener",
+            Self::Server => "server",
+            Self::FleecingFile { .. } => "fleecing-file",
+            Self::FdSet { .. } => "fd-set",
+            Self::Node { .. } => "node",
+            Self::NewBitmap { .. } => "new-bitmap",
+            Self::ReadBitmap { .. } => "read-bitmap",
+            Self::Freeze { .. } => "freeze",
+            Self::Thawed => "thawed",
+            Self::Pause => "pause",
+            Self::Resumed => "resumed",
+            Self::Drive { .. } => "drive",
+            Self::Export { .. } => "export",
+        }
+    }
+
     /// Undoes the step, as far as it took effect. A new bitmap stays: what becomes of it is decided by the outcome.
     pub(crate) async fn undo(&self, qmp: &Qmp) -> Result<()> {
         match self {
-            Self::Listener => gone(qmp, command::close_listener()).await,
-            Self::Server => gone(qmp, command::stop_server()).await,
-            Self::FdSet { opaque } => remove_fd_sets(qmp, opaque).await,
+            Self::ShutdownAction => power::settle(qmp).await.map(|_| ()),
+            Self::Listener { .. } => gone(qmp, command::close_listener()).await,
+            Self::Server => stop_server(qmp).await,
+            Self::FdSet { opaque, .. } => remove_fd_sets(qmp, opaque).await,
             Self::Node { name } => delete_node(qmp, name).await,
-            Self::NewBitmap { .. } => Ok(()),
             Self::ReadBitmap { node } => {
                 gone(qmp, command::remove_bitmap(node.as_str(), names::READ_BITMAP)).await
             }
+            Self::Freeze { agent } => freeze::thaw_after_a_death(agent).await,
+            Self::Pause => resume(qmp).await,
             Self::Drive { front_end, filter, original } => drive_back(qmp, front_end, filter, original).await,
             Self::Export { id } => delete_export(qmp, id).await,
+            Self::Begin { .. }
+            | Self::FleecingFile { .. }
+            | Self::NewBitmap { .. }
+            | Self::Thawed
+            | Self::Resumed => Ok(()),
+        }
+    }
+
+    /// Undoes what the step did to this host, for which no QEMU is needed.
+    pub(crate) fn undo_on_host(&self, runtime: &Path) {
+        let (path, removed) = match self {
+            Self::Listener { directory } if listener::is_a_directory_of_ours(directory) => {
+                let path = runtime.join(directory);
+                let removed = std::fs::remove_dir_all(&path);
+                (path, removed)
+            }
+            Self::FleecingFile { path } if fleecing::is_a_file_of_ours(path) => {
+                (path.clone(), std::fs::remove_file(path))
+            }
+            _ => return,
+        };
+        if let Err(error) = removed
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(path = %path.display(), %error, "could not remove what a run left");
         }
     }
 
     /// In words, for what `recover` prints.
     pub(crate) fn describe(&self) -> String {
         match self {
-            Self::Listener => "descriptor of the NBD listener".into(),
+            Self::Begin { monitor } => format!("journal of a run at monitor {monitor}"),
+            Self::ShutdownAction => "the guest's own power-off is held up (set-action)".into(),
+            Self::Listener { .. } => "descriptor of the NBD listener".into(),
             Self::Server => "NBD server".into(),
-            Self::FdSet { opaque } => format!("descriptor set {opaque}"),
+            Self::FleecingFile { path } => format!("fleecing image {}", path.display()),
+            Self::FdSet { opaque, .. } => format!("descriptor set {opaque}"),
             Self::Node { name } => format!("block node {name}"),
             Self::NewBitmap { node, name } => format!("bitmap {name} on node {node}"),
             Self::ReadBitmap { node } => format!("bitmap {} on node {node}", names::READ_BITMAP),
+            Self::Freeze { .. } => "the guest's file systems may be frozen".into(),
+            Self::Thawed => "the guest's file systems were thawed".into(),
+            Self::Pause => "the guest is paused".into(),
+            Self::Resumed => "the guest was resumed".into(),
             Self::Drive { front_end, filter, original } => {
                 format!("front end {front_end} on filter {filter} (belongs to node {original})")
             }
             Self::Export { id } => format!("NBD export {id}"),
         }
     }
+}
+
+/// QEMU takes the listener's descriptor when its server starts, and not if it refuses: a descriptor that is still there
+/// says that the server, if there is one, is somebody else's.
+async fn stop_server(qmp: &Qmp) -> Result<()> {
+    match qmp.execute(command::close_listener()).await {
+        Ok(_) => Ok(()),
+        Err(error) if error.class().is_some() => gone(qmp, command::stop_server()).await,
+        Err(error) => Err(qmp_error("undo a step (closefd)", error)),
+    }
+}
+
+/// Lets a guest run that our `stop` holds.
+async fn resume(qmp: &Qmp) -> Result<()> {
+    let status: Value = ask(qmp, command::query_status()).await?;
+    if status.get("status").and_then(Value::as_str) == Some("paused") {
+        qmp.execute(command::cont()).await.map_err(|error| qmp_error("resume the guest", error))?;
+    }
+    Ok(())
 }
 
 /// Sends a command whose refusal means that there is nothing left to undo. Whether that is so is checked at the end

@@ -26,8 +26,8 @@ const MAP_WINDOW: Length = Length::new(16 << 30);
 const MIXED_READS_FROM: (u32, u32, u32) = (8, 1, 0);
 
 /// How much one read may span on this QEMU. Within one cluster all bits are the same, and the fault cannot show.
-pub(crate) fn reads_within(qemu: (u32, u32, u32), cluster: Granularity) -> Length {
-    if qemu < MIXED_READS_FROM { cluster.length() } else { READ_MOST }
+pub(crate) fn reads_within(qemu: (u32, u32, u32), cluster: Granularity, off: bool) -> Length {
+    if qemu < MIXED_READS_FROM && !off { cluster.length() } else { READ_MOST }
 }
 
 /// Why all reading has to end.
@@ -35,6 +35,7 @@ pub(crate) fn reads_within(qemu: (u32, u32, u32), cluster: Granularity) -> Lengt
 pub(crate) enum Stop {
     Cancelled,
     OverBudget { used: Length, budget: Length },
+    Migration { state: String },
 }
 
 /// One disk of a held instant. It reads through two connections, since QEMU answers a block status request for all of
@@ -47,7 +48,8 @@ pub(crate) struct AccessVolume {
     /// What the bitmap says, where the disk has one for this run.
     pub(crate) dirty: Option<(Client, MetaContext)>,
     pub(crate) discards: Mutex<DiscardPlanner>,
-    pub(crate) fleecing: Arc<FleecingImage>,
+    /// Where old data is kept aside, if a guest runs that could overwrite it.
+    pub(crate) fleecing: Option<Arc<FleecingImage>>,
     /// The most that one read may span: see [`reads_within`].
     pub(crate) piece: Length,
     pub(crate) stop: watch::Receiver<Option<Stop>>,
@@ -126,40 +128,35 @@ impl AccessVolume {
     async fn allocation(&self, range: Range, into: &mut Vec<Extent>) -> Result<()> {
         let context = MetaContext::base_allocation();
         let map = self.unless_stopped(self.data.map(&context, range.start(), range.length())).await?;
-        let map = map.map_err(|error| self.describe(range, error))?;
+        let map = match map {
+            Ok(map) => map,
+            Err(error) => return Err(self.describe(range, error).await),
+        };
         for part in map {
-            if part.is_zero(&context) {
-                self.zero_unless_kept(part.range, into);
-            } else {
-                into.push(Extent { range: part.range, kind: ExtentKind::Data });
+            match &self.fleecing {
+                _ if !part.is_zero(&context) => {
+                    into.push(Extent { range: part.range, kind: ExtentKind::Data })
+                }
+                // QEMU's word can be relied on where mixed reads can.
+                Some(fleecing) if self.piece < READ_MOST => {
+                    let (fleecing, range, size) = (Arc::clone(fleecing), part.range, self.size);
+                    // In a thread that may be given up, since storage that hangs does not answer to this either.
+                    let asked = tokio::task::spawn_blocking(move || zero_unless_kept(&fleecing, range, size));
+                    let parts = self.unless_stopped(asked).await?;
+                    into.extend(parts.map_err(|error| self.unreadable("map", Some(range)).because(error))?);
+                }
+                _ => into.push(Extent { range: part.range, kind: ExtentKind::Zero }),
             }
         }
         Ok(())
     }
 
-    /// Takes QEMU's word that a part reads as zeroes only where the fleecing image holds nothing: see
-    /// [`MIXED_READS_FROM`]. What was overwritten since the instant and was not zero before is in the fleecing image
-    /// by the time QEMU could call it zero.
-    fn zero_unless_kept(&self, range: Range, into: &mut Vec<Extent>) {
-        let mut rest = range;
-        while let Some(kept) = self.fleecing.first_data(rest) {
-            let kept = kept.align_outward(Granularity::DEFAULT, self.size).intersect(rest).unwrap_or(rest);
-            let (zero, from_kept) = rest.split(kept.start());
-            let (kept, after) = from_kept.split(kept.end());
-            if !zero.is_empty() {
-                into.push(Extent { range: zero, kind: ExtentKind::Zero });
-            }
-            into.push(Extent { range: kept, kind: ExtentKind::Data });
-            rest = after;
-        }
-        if !rest.is_empty() {
-            into.push(Extent { range: rest, kind: ExtentKind::Zero });
-        }
-    }
-
     async fn read_pieces(&self, range: Range) -> Result<Bytes> {
         let read = |part: Range| async move {
-            self.data.read(part).await.map_err(|error| self.describe(part, error))
+            match self.data.read(part).await {
+                Ok(data) => Ok(data),
+                Err(error) => Err(self.describe(part, error).await),
+            }
         };
         let mut parts = range.chunks(self.piece).peekable();
         let first = parts.next();
@@ -175,6 +172,9 @@ impl AccessVolume {
     }
 
     async fn discard(&self, range: Range) -> Result<()> {
+        if self.fleecing.is_none() {
+            return Ok(());
+        }
         let discard = self.discards.lock().unwrap_or_else(PoisonError::into_inner).release(range);
         let Some(discard) = discard else { return Ok(()) };
         let trimmed = self.unless_stopped(self.data.trim(discard)).await?;
@@ -199,6 +199,10 @@ impl AccessVolume {
     fn stopped(&self, reason: &Stop) -> Error {
         match reason {
             Stop::Cancelled => Error::new(ErrorKind::Cancelled, "the run was cancelled"),
+            Stop::Migration { state } => Error::new(
+                ErrorKind::Source,
+                format!("somebody began to migrate this VM (status {state}), so the run made way"),
+            ),
             Stop::OverBudget { used, budget } => Error::new(
                 ErrorKind::Source,
                 format!(
@@ -218,19 +222,24 @@ impl AccessVolume {
 
     /// QEMU says EINVAL for a read outside the bitmap, of a discarded part, and after the snapshot broke. The first
     /// two are bugs on this side of the socket; the third is told by the fleecing image.
-    fn describe(&self, range: Range, error: stillpoint_nbd::Error) -> Error {
-        if !matches!(error.kind(), stillpoint_nbd::ErrorKind::Server { .. }) {
+    async fn describe(&self, range: Range, error: stillpoint_nbd::Error) -> Error {
+        let server = matches!(error.kind(), stillpoint_nbd::ErrorKind::Server { .. });
+        let Some(fleecing) = self.fleecing.as_ref().filter(|_| server) else {
             return self.unreadable("read", Some(range)).because(error);
-        }
-        let (used, free) = (self.fleecing.used(), self.fleecing.free());
-        let where_ = self.fleecing.directory().display();
-        let why = match free {
-            Some(free) if free.get() < 16 << 20 => {
-                format!("the file system of {where_} is full ({free} bytes free)")
-            }
-            _ => {
-                format!("fleecing storage in {where_} failed or was too slow, or the part was not to be read")
-            }
+        };
+        let directory = fleecing.directory().display();
+        let (used, why) = if fleecing.answers(false).await {
+            let why = match fleecing.free() {
+                Some(free) if free.get() < 16 << 20 => {
+                    format!("the file system of {directory} is full ({free} bytes free)")
+                }
+                _ => format!(
+                    "fleecing storage in {directory} failed or was too slow, or the part was not to be read"
+                ),
+            };
+            (fleecing.used().to_string(), why)
+        } else {
+            ("an unknown number of".to_owned(), format!("fleecing storage in {directory} hangs"))
         };
         let context = format!(
             "disk {} can no longer be read as it was at the point (at {}): {why}; the fleecing image holds {used} bytes and \
@@ -241,6 +250,28 @@ impl AccessVolume {
         );
         Error::new(ErrorKind::Source, context).because(error)
     }
+}
+
+/// Takes QEMU's word that a part reads as zeroes only where the fleecing image holds nothing: see
+/// [`MIXED_READS_FROM`]. What was overwritten since the instant and was not zero before is in the fleecing image by the
+/// time QEMU could call it zero.
+fn zero_unless_kept(fleecing: &FleecingImage, range: Range, size: Length) -> Vec<Extent> {
+    let mut parts = Vec::new();
+    let mut rest = range;
+    while let Some(kept) = fleecing.first_data(rest) {
+        let kept = kept.align_outward(Granularity::DEFAULT, size).intersect(rest).unwrap_or(rest);
+        let (zero, from_kept) = rest.split(kept.start());
+        let (kept, after) = from_kept.split(kept.end());
+        if !zero.is_empty() {
+            parts.push(Extent { range: zero, kind: ExtentKind::Zero });
+        }
+        parts.push(Extent { range: kept, kind: ExtentKind::Data });
+        rest = after;
+    }
+    if !rest.is_empty() {
+        parts.push(Extent { range: rest, kind: ExtentKind::Zero });
+    }
+    parts
 }
 
 #[async_trait]
@@ -286,7 +317,8 @@ mod test {
 
     #[test]
     fn a_read_stays_within_a_cluster_where_qemu_mixes_them_up() {
-        assert_eq!(reads_within((7, 2, 22), Granularity::DEFAULT), Granularity::DEFAULT.length());
-        assert_eq!(reads_within((8, 1, 0), Granularity::DEFAULT), READ_MOST);
+        assert_eq!(reads_within((7, 2, 22), Granularity::DEFAULT, false), Granularity::DEFAULT.length());
+        assert_eq!(reads_within((7, 2, 22), Granularity::DEFAULT, true), READ_MOST, "nothing is kept aside");
+        assert_eq!(reads_within((8, 1, 0), Granularity::DEFAULT, false), READ_MOST);
     }
 }

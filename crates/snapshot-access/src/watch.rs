@@ -1,74 +1,120 @@
-//! Watches how full the fleecing images are while the backup runs.
+//! Watches over a held instant: how full the fleecing images are, and whether somebody moves the VM away.
 
-use crate::{fleecing::FleecingImage, volume::Stop};
+use crate::{
+    command,
+    fleecing::FleecingImage,
+    inspect::{ask, migration_under_way},
+    volume::Stop,
+};
+use serde_json::Value;
 use std::{
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
 use stillpoint_model::Length;
+use stillpoint_qmp::Qmp;
 use tokio::{sync::watch, task::JoinHandle};
 
 /// Nothing tells when a file grows, so it is looked at this often; a fast guest writes some 50 MiB in between.
 const INTERVAL: Duration = Duration::from_millis(50);
+/// A migration tells of itself only to a client that switched that on, which is the migrating client's business.
+const MIGRATION_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Ends with its owner.
 pub(crate) struct FleecingWatch {
-    images: Vec<Arc<FleecingImage>>,
-    peak: Arc<AtomicU64>,
-    task: JoinHandle<()>,
+    images: Arc<Vec<Arc<FleecingImage>>>,
+    used: Arc<Used>,
+}
+
+#[derive(Default)]
+struct Used {
+    now: AtomicU64,
+    peak: AtomicU64,
 }
 
 impl FleecingWatch {
+    /// In a thread of its own, since looking at storage that hangs hangs too.
     pub(crate) fn start(
         images: Vec<Arc<FleecingImage>>,
         budget: Option<Length>,
         stop: watch::Sender<Option<Stop>>,
     ) -> Self {
-        let peak = Arc::new(AtomicU64::new(0));
-        let task = tokio::spawn({
-            let (images, peak) = (images.clone(), Arc::clone(&peak));
-            async move {
-                let mut ticks = tokio::time::interval(INTERVAL);
-                loop {
-                    ticks.tick().await;
-                    let used = used(&images);
-                    peak.fetch_max(used.get(), Ordering::Relaxed);
-                    if let Some(budget) = budget.filter(|budget| used > *budget) {
-                        stop.send_if_modified(|stop| {
-                            let first = stop.is_none();
-                            stop.get_or_insert(Stop::OverBudget { used, budget });
-                            first
-                        });
-                    }
-                }
-            }
-        });
-        Self { images, peak, task }
+        let (images, used) = (Arc::new(images), Arc::new(Used::default()));
+        let (watched, counts) = (Arc::downgrade(&images), Arc::clone(&used));
+        std::thread::spawn(move || watch_images(&watched, &counts, budget, &stop));
+        Self { images, used }
+    }
+
+    /// The images.
+    pub(crate) fn images(&self) -> &[Arc<FleecingImage>] {
+        &self.images
     }
 
     /// Gives all their space back; for when no node uses them any more.
     pub(crate) fn empty(&self) {
-        for image in &self.images {
+        for image in self.images.iter() {
             image.empty();
         }
     }
 
+    /// Counts once more, for storage that is known to answer.
+    pub(crate) fn count(&self) {
+        self.used.count(&self.images);
+    }
+
     pub(crate) fn now_and_peak(&self) -> (Length, Length) {
-        let now = used(&self.images);
-        let peak = self.peak.fetch_max(now.get(), Ordering::Relaxed).max(now.get());
-        (now, Length::new(peak))
+        let number = |of: &AtomicU64| Length::new(of.load(Ordering::Relaxed));
+        (number(&self.used.now), number(&self.used.peak))
     }
 }
 
-fn used(images: &[Arc<FleecingImage>]) -> Length {
-    images.iter().map(|image| image.used()).sum()
+impl Used {
+    fn count(&self, images: &[Arc<FleecingImage>]) -> Length {
+        let used: Length = images.iter().map(|image| image.used()).sum();
+        self.now.store(used.get(), Ordering::Relaxed);
+        self.peak.fetch_max(used.get(), Ordering::Relaxed);
+        used
+    }
 }
 
-impl Drop for FleecingWatch {
-    fn drop(&mut self) {
-        self.task.abort();
+fn watch_images(
+    images: &Weak<Vec<Arc<FleecingImage>>>,
+    counts: &Used,
+    budget: Option<Length>,
+    stop: &watch::Sender<Option<Stop>>,
+) {
+    while let Some(images) = images.upgrade() {
+        let used = counts.count(&images);
+        drop(images);
+        if let Some(budget) = budget.filter(|budget| used > *budget) {
+            end(stop, Stop::OverBudget { used, budget });
+        }
+        std::thread::sleep(INTERVAL);
     }
+}
+
+/// Ends all reading for this reason, unless there is one already.
+pub(crate) fn end(stop: &watch::Sender<Option<Stop>>, reason: Stop) {
+    stop.send_if_modified(|stop| {
+        let first = stop.is_none();
+        stop.get_or_insert(reason);
+        first
+    });
+}
+
+/// Ends the run when somebody begins to migrate the VM: the guest moves on, and our nodes would be in its way.
+pub(crate) fn watch_migration(qmp: Qmp, stop: watch::Sender<Option<Stop>>) -> JoinHandle<()> {
+    tokio::spawn(async move {
+        let mut ticks = tokio::time::interval(MIGRATION_INTERVAL);
+        loop {
+            ticks.tick().await;
+            let Ok(migration) = ask::<Value>(&qmp, command::query_migrate()).await else { continue };
+            if let Some(state) = migration_under_way(&migration) {
+                return end(&stop, Stop::Migration { state: state.to_owned() });
+            }
+        }
+    })
 }

@@ -4,13 +4,12 @@ use crate::{
     config::Vm,
     failure::{Exit, Failure, Guest},
     interrupt::Interrupt,
-    lock::VmLock,
     progress::BackupProgress,
     runtime,
     summary::{DiskSummary, Summary},
     vm,
 };
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use stillpoint_model::{Granularity, Length, PointId, TargetId, VmName};
 use stillpoint_provider::{
     Backup, BitmapMode, ConfigFile, ConfigRole, Consistency, DiskOffer, DiskRecord,
@@ -46,10 +45,14 @@ impl Job<'_> {
     /// # Errors
     /// Whatever failed, after everything was undone (unless the exit status says otherwise).
     pub(crate) async fn run(&self, interrupt: &Interrupt) -> Result<Summary, Failure> {
-        let _lock = VmLock::take(&runtime::directory(), &self.vm.qmp)?;
-        let qmp = vm::connect(&self.vm.qmp).await?;
+        let locked = vm::lock(&self.vm.qmp).await?;
+        let qmp = locked.qmp.clone();
         let again = format!("stillpoint recover --qmp {}", self.vm.qmp.display());
-        vm::recover(&qmp, &again).await?;
+        if vm::recover(&qmp, &again).await?.ended {
+            return Err(Failure::new(Exit::Failed, "the guest had powered itself off in an earlier run")
+                .guest(Guest::Ended)
+                .next("start the VM, then run the backup again"));
+        }
         let machine = Machine::inspect(&qmp).await.map_err(|error| {
             let exit =
                 if error.kind() == AccessErrorKind::LeftBehind { Exit::LeftBehind } else { Exit::Failed };
@@ -204,10 +207,15 @@ impl Run<'_> {
             runtime_directory: runtime::directory(),
             cbw_timeout_seconds: CBW_TIMEOUT_SECONDS,
             agent: self.job.vm.agent.clone(),
+            freeze_timeout: Duration::from_secs(self.job.vm.freeze_timeout),
+            guard: vec!["/proc/self/exe".into(), crate::GUARD.into()],
+            interrupted: interrupt.receiver(),
         };
         let plan = decided.iter().map(|disk| disk.plan.clone()).collect();
+        stillpoint_failpoint::reached("decided");
         let taken = SnapshotAccess::take(self.qmp.clone(), &self.machine, plan, settings).await;
         let mut access = taken.map_err(|error| self.access_failure(&error))?;
+        stillpoint_failpoint::reached("taken");
 
         let read = self.read(backup, &mut access, config, interrupt).await;
         let record = self.record(point, &decided, Some(&access));
@@ -215,17 +223,22 @@ impl Run<'_> {
         let freeze = access.freeze();
         let freeze_time = freeze.duration;
         let still_frozen = freeze.still_frozen.clone();
-        let (chain, torn_down) = access.tear_down().await;
+        stillpoint_failpoint::reached("read");
+        let (chain, torn_down) = access.tear_down(read.is_err()).await;
+        stillpoint_failpoint::reached("torn-down");
         let reports = match read {
             Ok(reports) => reports,
             Err(failure) => {
-                let rolled_back = chain.roll_back().await.err();
-                return Err(self.cleaned(failure, rolled_back.or(torn_down.err())));
+                let rolled_back = chain.roll_back().await;
+                return Err(self.cleaned(failure, torn_down.err(), rolled_back));
             }
         };
-        self.commit(backup, &record, chain).await?;
-
         let mut warnings = Vec::new();
+        if self.commit(backup, &record, chain).await? {
+            warnings
+                .push("the guest powered itself off during the backup; its QEMU was ended after it".into());
+        }
+        stillpoint_failpoint::reached("committed");
         let mut exit = Exit::Done;
         let peak = torn_down.unwrap_or_else(|error| {
             exit = Exit::LeftBehind;
@@ -347,31 +360,32 @@ impl Run<'_> {
         }
     }
 
-    /// I3: the old bitmap goes only after the provider has said that the point is durable.
+    /// I3: the old bitmap goes only after the provider has said that the point is durable. Tells whether the guest has
+    /// powered itself off meanwhile.
     async fn commit(
         &self,
         backup: &mut dyn Backup,
         record: &PointRecord,
         chain: Chain,
-    ) -> Result<(), Failure> {
+    ) -> Result<bool, Failure> {
         match backup.commit(record).await {
             Ok(()) => {
-                if let Err(error) = chain.commit().await {
-                    tracing::warn!(
-                        error = crate::failure::chain(&error),
-                        "old bitmaps stay until the next run"
-                    );
-                }
-                Ok(())
+                stillpoint_failpoint::reached("durable");
+                Ok(chain.commit().await.unwrap_or_else(|error| {
+                    let error = crate::failure::chain(&error);
+                    tracing::warn!(error, "old bitmaps stay until the next run");
+                    false
+                }))
             }
             Err(error) if error.kind() == ProviderErrorKind::CommitUnknown => {
-                chain.keep_both();
-                Err(provider_failure(&error, Guest::Unharmed)
-                    .next("run the backup again; it finds out which point is there"))
+                let kept = chain.keep_both().await;
+                let failure = provider_failure(&error, Guest::Unharmed)
+                    .next("run the backup again; it finds out which point is there");
+                Err(self.cleaned(failure, None, kept))
             }
             Err(error) => {
-                let rolled_back = chain.roll_back().await.err();
-                Err(self.cleaned(provider_failure(&error, Guest::Unharmed), rolled_back))
+                let rolled_back = chain.roll_back().await;
+                Err(self.cleaned(provider_failure(&error, Guest::Unharmed), None, rolled_back))
             }
         }
     }
@@ -446,19 +460,26 @@ impl Run<'_> {
                 .guest(Guest::LeftBehind)
                 .next(self.recover.clone());
         }
-        let failure = Failure::because(Exit::Failed, format!("no point of VM {} was made", self.name), error);
-        failure.guest(if error.kind() == AccessErrorKind::Refused {
-            Guest::Untouched
-        } else {
-            Guest::Unharmed
-        })
+        let what = format!("no point of VM {} was made", self.name);
+        match error.kind() {
+            AccessErrorKind::Cancelled => interrupted(Guest::Unharmed),
+            AccessErrorKind::Ended => Failure::because(Exit::Failed, what, error).guest(Guest::Ended),
+            AccessErrorKind::Refused => Failure::because(Exit::Failed, what, error).guest(Guest::Untouched),
+            _ => Failure::because(Exit::Failed, what, error).guest(Guest::Unharmed),
+        }
     }
 
-    /// The failure itself, unless cleaning up after it failed too.
-    fn cleaned(&self, failure: Failure, left: Option<stillpoint_snapshot_access::Error>) -> Failure {
-        match left {
-            None => failure,
-            Some(error) => {
+    /// The failure itself, unless cleaning up after it failed too; with the guest's fate, if that powered itself off.
+    fn cleaned(
+        &self,
+        failure: Failure,
+        torn_down: Option<stillpoint_snapshot_access::Error>,
+        ended: Result<bool, stillpoint_snapshot_access::Error>,
+    ) -> Failure {
+        match (torn_down, ended) {
+            (None, Ok(false)) => failure,
+            (None, Ok(true)) => failure.guest(Guest::Ended),
+            (Some(error), _) | (None, Err(error)) => {
                 let what = format!("{}; and {}", failure.what(), crate::failure::chain(&error));
                 Failure::new(Exit::LeftBehind, what).guest(Guest::LeftBehind).next(self.recover.clone())
             }

@@ -7,9 +7,8 @@ use crate::{
     doctor,
     failure::{Exit, Failure, Guest},
     interrupt::Interrupt,
-    lock::VmLock,
     progress::BytesProgress,
-    restore, runtime,
+    restore,
     text::{self, note, print},
     vm,
 };
@@ -260,14 +259,14 @@ async fn recover(path: &Path, arguments: &cli::Recover) -> Result<Exit, Failure>
         (None, Some(name)) => Config::read(path)?.vm(name, path)?.qmp.clone(),
         (None, None) => return Err(Failure::usage("name a VM, or its socket with --qmp")),
     };
-    let _lock = VmLock::take(&runtime::directory(), &socket)?;
-    let qmp = vm::connect(&socket).await?;
-    let undone = vm::recover(&qmp, &format!("stillpoint recover --qmp {}", socket.display())).await?;
-    if undone.is_empty() {
-        print("nothing to undo: no earlier run left anything in this VM");
-    } else {
-        print(format!("undone: {} things; the VM is as it was", undone.len()));
-    }
+    let vm = vm::lock(&socket).await?;
+    let recovered = vm::recover(&vm.qmp, &format!("stillpoint recover --qmp {}", socket.display())).await?;
+    let undone = recovered.undone.len();
+    print(match (undone, recovered.ended) {
+        (0, _) => "nothing to undo: no earlier run left anything in this VM".to_owned(),
+        (_, false) => format!("undone: {undone} things; the VM is as it was"),
+        (_, true) => format!("undone: {undone} things; the VM is off, as its guest wished"),
+    });
     Ok(Exit::Done)
 }
 

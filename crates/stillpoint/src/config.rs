@@ -12,6 +12,8 @@ use stillpoint_provider_directory::DirectoryProvider;
 
 /// Directory of fleecing images unless configured: on disk, unlike `/tmp`, and there on every Linux.
 const FLEECING_DIRECTORY: &str = "/var/tmp";
+/// Seconds that an agent may take to freeze unless configured: it writes out all that its guest has cached.
+const FREEZE_TIMEOUT: u64 = 60;
 
 /// The configuration file.
 #[derive(Debug, Default, Deserialize)]
@@ -27,12 +29,15 @@ pub(crate) struct Config {
 
 /// A VM.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(crate) struct Vm {
     /// Its monitor's socket.
     pub qmp: PathBuf,
     /// Its guest agent's socket.
     pub agent: Option<PathBuf>,
+    /// Seconds that the agent may take to freeze the file systems.
+    #[serde(default = "freeze_timeout")]
+    pub freeze_timeout: u64,
     /// Files stored raw with each point.
     #[serde(default)]
     pub config: Vec<PathBuf>,
@@ -52,6 +57,7 @@ impl Vm {
         Self {
             qmp,
             agent,
+            freeze_timeout: FREEZE_TIMEOUT,
             config: Vec::new(),
             firewall: None,
             exclude: Vec::new(),
@@ -76,6 +82,10 @@ impl Default for Fleecing {
     fn default() -> Self {
         Self { directory: fleecing_directory(), budget: None }
     }
+}
+
+fn freeze_timeout() -> u64 {
+    FREEZE_TIMEOUT
 }
 
 fn fleecing_directory() -> PathBuf {

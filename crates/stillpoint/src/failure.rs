@@ -59,6 +59,8 @@ pub enum Guest {
     Unharmed,
     /// The guest runs, but something of ours is still in its VM.
     LeftBehind,
+    /// Its QEMU has ended while the run went on.
+    Ended,
 }
 
 /// A failure, told to a person.
@@ -123,6 +125,7 @@ impl fmt::Display for Failure {
             Guest::Untouched => Some("was not touched"),
             Guest::Unharmed => Some("runs on as before; nothing of this run is left in it"),
             Guest::LeftBehind => Some("runs, but parts of this run are still in its VM"),
+            Guest::Ended => Some("has ended with its QEMU, not by this run; nothing is left of this run"),
         };
         if let Some(guest) = guest {
             write!(f, "\n  guest:  {guest}")?;

@@ -1,4 +1,4 @@
-//! Signals: INT, TERM, HUP and QUIT ask a run to end cleanly; a second one changes nothing, since the first is
+//! Signals: INT, TERM, HUP, QUIT and PIPE ask a run to end cleanly; a second one changes nothing, since the first is
 //! already being followed as fast as the guest allows.
 
 use tokio::{
@@ -17,9 +17,13 @@ impl Interrupt {
     /// If the kernel refuses a handler.
     pub(crate) fn listen() -> std::io::Result<Self> {
         let (sender, receiver) = watch::channel(false);
-        for kind in
-            [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup(), SignalKind::quit()]
-        {
+        for kind in [
+            SignalKind::interrupt(),
+            SignalKind::terminate(),
+            SignalKind::hangup(),
+            SignalKind::quit(),
+            SignalKind::pipe(),
+        ] {
             let mut signals = signal(kind)?;
             let sender = sender.clone();
             tokio::spawn(async move {
@@ -29,6 +33,11 @@ impl Interrupt {
             });
         }
         Ok(Self(receiver))
+    }
+
+    /// Becomes true when a signal comes.
+    pub(crate) fn receiver(&self) -> watch::Receiver<bool> {
+        self.0.clone()
     }
 
     /// Whether a signal came.

@@ -6,7 +6,7 @@
 //! ```text
 //!   cli, config ----> commands: backup  points  restore  verify  doctor  recover  target
 //!                        |
-//!              vm, lock, interrupt, progress         summary, failure ----> terminal or JSON
+//!              vm, interrupt, progress               summary, failure ----> terminal or JSON
 //! ```
 
 mod backup;
@@ -16,7 +16,6 @@ mod config;
 mod doctor;
 mod failure;
 mod interrupt;
-mod lock;
 mod progress;
 mod restore;
 mod runtime;
@@ -27,3 +26,7 @@ mod vm;
 pub use cli::Cli;
 pub use commands::run;
 pub use failure::{Exit, Failure};
+pub use stillpoint_snapshot_access::run_guard;
+
+/// The first argument of the process that guards a guest: see [`run_guard`].
+pub const GUARD: &str = "--guard-the-guest";

@@ -6,6 +6,16 @@ use stillpoint::{Cli, Exit, run};
 use tracing_subscriber::{EnvFilter, fmt};
 
 fn main() -> ExitCode {
+    // Before anything else: the guard of a guest needs no command line, no log and no runtime.
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == stillpoint::GUARD) {
+        return match stillpoint::run_guard() {
+            Some(()) => Exit::Done.into(),
+            None => {
+                eprintln!("error: {} is for Stillpoint itself to start", stillpoint::GUARD);
+                Exit::Usage.into()
+            }
+        };
+    }
     // The parser quotes what it refuses as it came, and a terminal would take it for commands.
     if let Some(argument) =
         std::env::args_os().find(|argument| argument.to_string_lossy().chars().any(char::is_control))
@@ -36,5 +46,8 @@ fn main() -> ExitCode {
             return Exit::Failed.into();
         }
     };
-    runtime.block_on(run(cli)).into()
+    let exit = runtime.block_on(run(cli));
+    // A thread that asks storage which hangs does not end, and need not.
+    runtime.shutdown_background();
+    exit.into()
 }

@@ -6,7 +6,36 @@ use crate::{
 };
 use std::path::Path;
 use stillpoint_qmp::{Deadlines, ErrorKind as QmpErrorKind, Qmp};
-use stillpoint_snapshot_access::LeftOvers;
+use stillpoint_snapshot_access::{ErrorKind as AccessErrorKind, LeftOvers, RunLock};
+
+/// The right to work on a VM, and its monitor.
+pub(crate) struct LockedVm {
+    pub qmp: Qmp,
+    _locks: [RunLock; 2],
+}
+
+/// Takes the locks of a VM, connects to its monitor, and clears away what runs that are over left on this host.
+///
+/// # Errors
+/// Exit status 4 if another run holds a lock; as [`connect`].
+pub(crate) async fn lock(socket: &Path) -> Result<LockedVm, Failure> {
+    let runtime = runtime::directory();
+    let by_socket = RunLock::of_socket(&runtime, socket).map_err(|error| lock_failure(&error))?;
+    let qmp = connect(socket).await?;
+    let by_qemu = RunLock::of_qemu(&runtime, &qmp).map_err(|error| lock_failure(&error))?;
+    stillpoint_snapshot_access::sweep(&runtime);
+    Ok(LockedVm { qmp, _locks: [by_socket, by_qemu] })
+}
+
+/// The words for a lock that cannot be had.
+pub(crate) fn lock_failure(error: &stillpoint_snapshot_access::Error) -> Failure {
+    if error.kind() == AccessErrorKind::Locked {
+        return Failure::new(Exit::Locked, error.to_string())
+            .guest(Guest::Untouched)
+            .next("wait for that run to end, then try again");
+    }
+    Failure::because(Exit::Failed, "cannot lock the VM", error).guest(Guest::Untouched)
+}
 
 /// Connects to the monitor.
 ///
@@ -29,18 +58,26 @@ pub(crate) async fn connect(socket: &Path) -> Result<Qmp, Failure> {
     })
 }
 
+/// What there was to undo.
+pub(crate) struct Recovered {
+    /// A line for each thing.
+    pub undone: Vec<String>,
+    /// Whether the guest had powered itself off, which was granted now.
+    pub ended: bool,
+}
+
 /// Undoes what an earlier run left, if there is something, and says so.
 ///
 /// # Errors
 /// Exit status 3 if something is still there.
-pub(crate) async fn recover(qmp: &Qmp, retry: &str) -> Result<Vec<String>, Failure> {
+pub(crate) async fn recover(qmp: &Qmp, retry: &str) -> Result<Recovered, Failure> {
     let failed = |error: &stillpoint_snapshot_access::Error| {
         let kind = error.kind();
-        if kind == stillpoint_snapshot_access::ErrorKind::Refused {
+        if kind == AccessErrorKind::Refused {
             return Failure::because(Exit::Failed, "this VM cannot be backed up as it is", error)
                 .guest(Guest::Untouched);
         }
-        if kind != stillpoint_snapshot_access::ErrorKind::LeftBehind {
+        if kind != AccessErrorKind::LeftBehind {
             return Failure::because(
                 Exit::Failed,
                 "cannot tell whether an earlier run left something",
@@ -54,13 +91,16 @@ pub(crate) async fn recover(qmp: &Qmp, retry: &str) -> Result<Vec<String>, Failu
     };
     let found = LeftOvers::find(qmp, &runtime::directory()).await.map_err(|error| failed(&error))?;
     if found.is_empty() {
-        return Ok(Vec::new());
+        return Ok(Recovered { undone: Vec::new(), ended: false });
     }
-    let lines = found.describe();
-    text::note(format!("an earlier run did not end; undoing {} things that it left:", lines.len()));
-    for line in &lines {
+    let undone = found.describe();
+    text::note(format!("an earlier run did not end; undoing {} things that it left:", undone.len()));
+    for line in &undone {
         text::note(format!("  {line}"));
     }
-    found.undo(qmp).await.map_err(|error| failed(&error))?;
-    Ok(lines)
+    let ended = found.undo(qmp).await.map_err(|error| failed(&error))?;
+    if ended {
+        text::note("the guest had powered itself off during that run; its QEMU has ended now");
+    }
+    Ok(Recovered { undone, ended })
 }

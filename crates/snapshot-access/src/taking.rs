@@ -1,0 +1,434 @@
+//! The way to an instant: everything that is prepared while the guest runs, the instant itself, and the exports after
+//! it.
+
+use crate::{
+    access::{DiskPlan, ReadMode, Settings, SnapshotAccess, error_chain},
+    bitmap::{Chain, ChainDisk},
+    command,
+    discard::DiscardPlanner,
+    error::{Error, ErrorKind, Result},
+    fleecing::FleecingImage,
+    freeze::Freeze,
+    guard::{Guard, Mark},
+    inspect::{Machine, qmp_error, refused},
+    listener::Listener,
+    names::{self, Names},
+    pause::{self, Instant},
+    power,
+    step::Step,
+    steps::Steps,
+    volume::{AccessVolume, Stop, reads_within},
+    watch::{FleecingWatch, watch_migration},
+};
+use std::sync::{Arc, Mutex, atomic::AtomicU64};
+use stillpoint_model::{Granularity, NodeName};
+use stillpoint_nbd::{Client, MetaContext, Options};
+use stillpoint_provider::BitmapMode;
+use stillpoint_qmp::Qmp;
+use tokio::sync::watch;
+
+/// The filter's cluster when the fleecing image is raw: what discards are aligned to.
+const FILTER_CLUSTER: Granularity = Granularity::DEFAULT;
+
+/// Requests on their way at once: enough for eight reads of 1 MiB where QEMU wants them cluster by cluster.
+const IN_FLIGHT: usize = 128;
+
+/// A run on its way to the instant.
+pub(crate) struct Taking {
+    qmp: Qmp,
+    steps: Steps,
+    disks: Vec<TakingDisk>,
+    listener: Option<Listener>,
+    freeze: Freeze,
+    held_power: bool,
+    /// No guest runs on these disks, so what is read is the disk itself.
+    off: bool,
+}
+
+struct TakingDisk {
+    names: Names,
+    image: Option<Arc<FleecingImage>>,
+    chain: ChainDisk,
+}
+
+pub(crate) struct Opened {
+    connections: Vec<(Client, Option<(Client, MetaContext)>)>,
+}
+
+impl Taking {
+    pub(crate) fn new(qmp: Qmp, steps: Steps, off: bool) -> Self {
+        let freeze = Freeze::without("the VM is off");
+        Self { qmp, steps, disks: Vec::new(), listener: None, freeze, held_power: false, off }
+    }
+
+    /// Everything up to the guest running again.
+    pub(crate) async fn run(
+        &mut self,
+        machine: &Machine,
+        plan: &[DiskPlan],
+        settings: &Settings,
+    ) -> Result<Instant> {
+        self.start_server(plan, settings).await?;
+        for (index, disk) in plan.iter().enumerate() {
+            self.add_disk(index, disk, settings).await?;
+        }
+        self.add_bitmaps(plan).await?;
+        if self.off {
+            self.freeze_read_bitmaps(plan).await?;
+            return Ok(Instant { time: std::time::SystemTime::now(), pause: std::time::Duration::ZERO });
+        }
+        for (disk, taking) in plan.iter().zip(&self.disks) {
+            self.steps.record(Step::Node { name: taking.names.filter.clone() })?;
+            let filter = command::add_filter(
+                &taking.names.filter,
+                &disk.disk.node,
+                &taking.names.fleecing,
+                settings.cbw_timeout_seconds,
+            );
+            self.execute(&format!("add the filter of disk {}", disk.disk.name), filter).await?;
+        }
+        if machine.running && power::ends_qemu(&self.qmp) == Some(true) {
+            self.steps.note(&Step::ShutdownAction)?;
+            self.held_power = true;
+            power::hold(&self.qmp).await?;
+        }
+        pause::flush_host_caches(plan.iter().filter_map(|disk| disk.disk.image.clone())).await;
+        let instant = self.stand_still(machine, plan, settings).await?;
+        self.freeze_read_bitmaps(plan).await?;
+        Ok(instant)
+    }
+
+    /// The time in which the guest is frozen or paused: everything in it is bounded, and undone whatever happens.
+    async fn stand_still(
+        &mut self,
+        machine: &Machine,
+        plan: &[DiskPlan],
+        settings: &Settings,
+    ) -> Result<Instant> {
+        let mut interrupted = settings.interrupted.clone();
+        self.freeze = Freeze::prepare(settings.agent.as_deref(), machine.running).await;
+        if *interrupted.borrow_and_update() {
+            return Err(Error::new(ErrorKind::Cancelled, "the run was interrupted before the instant"));
+        }
+        if !machine.running {
+            return self.switch(plan, None).await;
+        }
+        let host = |error| Error::new(ErrorKind::Host, "no descriptor is free").because(error);
+        let monitor = self.qmp.try_clone_socket().map_err(host)?;
+        let agent = self.freeze.socket().map_err(host)?;
+        let mut guard = Guard::start(&settings.guard, monitor, agent).await?;
+        let instant = self.freeze_and_switch(plan, settings, &mut guard, &mut interrupted).await;
+        self.freeze.thaw().await;
+        let thawed = if self.freeze.still_frozen.is_none() {
+            let thawed = self.steps.note(&Step::Thawed);
+            guard.end().await;
+            thawed
+        } else {
+            // As if we were dead: the guard goes on trying.
+            drop(guard);
+            Ok(())
+        };
+        match (instant, &self.freeze.still_frozen) {
+            (Err(error), Some(frozen)) => {
+                Err(Error::new(ErrorKind::LeftBehind, frozen.clone()).because(error))
+            }
+            (Err(error), None) => Err(error),
+            (Ok(instant), _) => thawed.map(|()| instant),
+        }
+    }
+
+    async fn freeze_and_switch(
+        &mut self,
+        plan: &[DiskPlan],
+        settings: &Settings,
+        guard: &mut Guard,
+        interrupted: &mut watch::Receiver<bool>,
+    ) -> Result<Instant> {
+        if let Some(agent) = self.freeze.agent() {
+            self.steps.note(&Step::Freeze { agent: agent.to_owned() })?;
+            guard.mark(Mark::Freezing).await?;
+            let cancelled = async {
+                // A sender that is gone will not interrupt any more.
+                if interrupted.wait_for(|interrupted| *interrupted).await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            };
+            self.freeze.freeze(settings.freeze_timeout, cancelled).await;
+            stillpoint_failpoint::reached("frozen");
+        }
+        if *interrupted.borrow() {
+            return Err(Error::new(ErrorKind::Cancelled, "the run was interrupted before the instant"));
+        }
+        self.switch(plan, Some(guard)).await
+    }
+
+    async fn execute(&self, doing: &str, command: stillpoint_qmp::Command) -> Result<serde_json::Value> {
+        self.qmp.execute(command).await.map_err(|error| qmp_error(doing, error))
+    }
+
+    /// First of all, since it is what most likely cannot be had.
+    async fn start_server(&mut self, plan: &[DiskPlan], settings: &Settings) -> Result<()> {
+        let listener = Listener::bind(&settings.runtime_directory, &mut |step| self.steps.record(step))?;
+        let passed = self.qmp.execute_with_fd(command::get_listener(), listener.descriptor()).await;
+        passed.map_err(|error| qmp_error("hand the NBD listener to QEMU", error))?;
+        self.steps.record(Step::Server)?;
+        match self.qmp.execute(command::start_server(plan.len())).await {
+            Ok(_) => {}
+            Err(error) if error.desc().is_some_and(|desc| desc.contains("already running")) => {
+                return Err(refused(
+                    "QEMU's one NBD server is already in use, by a storage migration or another backup tool; try again when it has ended",
+                )
+                .because(error));
+            }
+            Err(error) => return Err(qmp_error("start QEMU's NBD server", error)),
+        }
+        self.listener = Some(listener);
+        Ok(())
+    }
+
+    async fn add_disk(&mut self, index: usize, plan: &DiskPlan, settings: &Settings) -> Result<()> {
+        let named =
+            |error| Error::new(ErrorKind::Inconsistent, "cannot name what belongs to a disk").because(error);
+        let names = Names::new(index).map_err(named)?;
+        let image = if self.off { None } else { Some(self.add_fleecing(&names, plan, settings).await?) };
+        let (old, granularity) = match &plan.mode {
+            ReadMode::Full { granularity } => (None, *granularity),
+            ReadMode::Since(generation) => {
+                let bitmap = plan.disk.bitmaps.iter().find(|bitmap| {
+                    bitmap.target == settings.target
+                        && bitmap.generation == *generation
+                        && bitmap.fault.is_none()
+                });
+                let bitmap = bitmap.ok_or_else(|| {
+                    Error::new(
+                        ErrorKind::Inconsistent,
+                        format!("disk {} has no bitmap since {generation}", plan.disk.name),
+                    )
+                })?;
+                (Some(bitmap.name.clone()), bitmap.granularity)
+            }
+        };
+        let new = names::chain_bitmap(&settings.target, &settings.point).map_err(named)?;
+        let new = plan.disk.takes_bitmaps.then_some(new);
+        let ours = plan.disk.bitmaps.iter().filter(|bitmap| bitmap.target == settings.target);
+        let chain = ChainDisk {
+            disk: plan.disk.name.clone(),
+            node: plan.disk.node.clone(),
+            new,
+            earlier: ours.map(|bitmap| bitmap.name.clone()).collect(),
+            read_by: old,
+            granularity,
+            persistent: plan.disk.keeps_bitmaps,
+        };
+        self.disks.push(TakingDisk { names, image, chain });
+        Ok(())
+    }
+
+    async fn add_fleecing(
+        &mut self,
+        names: &Names,
+        plan: &DiskPlan,
+        settings: &Settings,
+    ) -> Result<Arc<FleecingImage>> {
+        let directory = &settings.fleecing_directory;
+        let image = FleecingImage::create(directory, plan.disk.size, &mut |step| self.steps.record(step))?;
+        let image = Arc::new(image);
+        self.steps.record(Step::FdSet { opaque: names.fd_set.clone(), directory: directory.clone() })?;
+        let reply = self.qmp.execute_with_fd(command::add_fd(&names.fd_set), image.descriptor()).await;
+        let reply = reply.map_err(|error| qmp_error("hand a fleecing image to QEMU", error))?;
+        let set = reply.get("fdset-id").and_then(serde_json::Value::as_u64);
+        let set =
+            set.ok_or_else(|| Error::new(ErrorKind::Inconsistent, "QEMU tells no id of a descriptor set"))?;
+        self.steps.record(Step::Node { name: names.fleecing.clone() })?;
+        self.execute("open a fleecing image in QEMU", command::add_fleecing(&names.fleecing, set)).await?;
+        Ok(image)
+    }
+
+    /// All new bitmaps start to record here, before the instant: what they hold is then a superset of what changes
+    /// after it (I2). The old ones go on recording.
+    async fn add_bitmaps(&mut self, plan: &[DiskPlan]) -> Result<()> {
+        let mut actions = Vec::new();
+        for (plan, disk) in plan.iter().zip(&self.disks) {
+            let chain = &disk.chain;
+            if let Some(new) = &chain.new {
+                let step = Step::NewBitmap { node: chain.node.clone(), name: new.as_str().to_owned() };
+                self.steps.record(step)?;
+                actions.push(command::add_bitmap(&chain.node, new, chain.granularity, chain.persistent));
+            }
+            if matches!(plan.mode, ReadMode::Since(_)) {
+                self.steps.record(Step::ReadBitmap { node: chain.node.clone() })?;
+                actions.push(command::add_read_bitmap(&chain.node, chain.granularity));
+            }
+        }
+        if actions.is_empty() {
+            return Ok(());
+        }
+        self.execute("add the bitmaps", command::transaction(&actions)).await?;
+        Ok(())
+    }
+
+    /// The instant. Without a guard the guest does not run.
+    async fn switch(&mut self, plan: &[DiskPlan], guard: Option<&mut Guard>) -> Result<Instant> {
+        let mut switches = Vec::new();
+        for (plan, disk) in plan.iter().zip(&self.disks) {
+            let disk_filter = &disk.names.filter;
+            self.steps.record(Step::Drive {
+                front_end: plan.disk.front_end.clone(),
+                filter: disk_filter.clone(),
+                original: plan.disk.node.clone(),
+            })?;
+            switches.push(command::set_drive(&plan.disk.front_end, disk_filter));
+        }
+        let Some(guard) = guard else { return pause::switch(&self.qmp, false, switches).await };
+        self.steps.note(&Step::Pause)?;
+        guard.mark(Mark::Pausing).await?;
+        let instant = pause::switch(&self.qmp, true, switches).await;
+        if !instant.as_ref().is_err_and(|error| error.kind() == ErrorKind::LeftBehind) {
+            self.steps.note(&Step::Resumed)?;
+            guard.mark(Mark::Resumed).await?;
+        }
+        instant
+    }
+
+    /// Freezes a copy of each old bitmap, after the instant: it holds at least what changed before it.
+    async fn freeze_read_bitmaps(&self, plan: &[DiskPlan]) -> Result<()> {
+        let disks = plan.iter().zip(&self.disks);
+        let merge = |(_, disk): (&DiskPlan, &TakingDisk)| {
+            let source = disk.chain.read_by.as_ref()?;
+            Some(command::merge_into_read_bitmap(&disk.chain.node, source))
+        };
+        let actions: Vec<_> = disks.filter_map(merge).collect();
+        if !actions.is_empty() {
+            self.execute("freeze a copy of the bitmaps", command::transaction(&actions)).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes the instant readable.
+    pub(crate) async fn open(&mut self, plan: &[DiskPlan]) -> Result<Opened> {
+        let path = self.listener.as_ref().map(Listener::path);
+        let path = path.ok_or_else(|| Error::new(ErrorKind::Inconsistent, "there is no NBD listener"))?;
+        let mut connections = Vec::new();
+        for (plan, disk) in plan.iter().zip(&self.disks) {
+            let names = &disk.names;
+            let mut exported: &NodeName = &plan.disk.node;
+            if !self.off {
+                self.steps.record(Step::Node { name: names.access.clone() })?;
+                let access = command::add_access(&names.access, &names.filter);
+                self.execute("add the snapshot access", access).await?;
+                exported = &names.access;
+            }
+            self.steps.record(Step::Export { id: names.export.clone() })?;
+            let bitmap = disk.chain.read_by.as_ref().map(|_| (&disk.chain.node, names::READ_BITMAP));
+            let export = command::add_export(&names.export, exported, bitmap, !self.off);
+            self.execute(&format!("export disk {}", plan.disk.name), export).await?;
+
+            let failed = |error: stillpoint_nbd::Error| {
+                Error::new(ErrorKind::Read, format!("connect to the export of disk {}", plan.disk.name))
+                    .because(error)
+            };
+            let options =
+                Options::new(&names.export).context(MetaContext::base_allocation()).in_flight(IN_FLIGHT);
+            let data = Client::connect_unix(&path, options).await.map_err(failed)?;
+            let dirty = match bitmap {
+                None => None,
+                Some(_) => {
+                    let context = MetaContext::other(&format!("qemu:dirty-bitmap:{}", names::READ_BITMAP));
+                    let options = Options::new(&names.export).context(context.clone());
+                    Some((Client::connect_unix(&path, options).await.map_err(failed)?, context))
+                }
+            };
+            if data.size() != plan.disk.size {
+                let context = format!(
+                    "disk {} has {} bytes, its export {}",
+                    plan.disk.name,
+                    plan.disk.size,
+                    data.size()
+                );
+                return Err(Error::new(ErrorKind::Inconsistent, context));
+            }
+            connections.push((data, dirty));
+        }
+        Ok(Opened { connections })
+    }
+
+    pub(crate) fn hold(
+        self,
+        plan: Vec<DiskPlan>,
+        settings: &Settings,
+        opened: Opened,
+        instant: Instant,
+    ) -> SnapshotAccess {
+        let (stop, stopped) = watch::channel::<Option<Stop>>(None);
+        let images = self.disks.iter().filter_map(|disk| disk.image.clone()).collect();
+        let watch = FleecingWatch::start(images, settings.fleecing_budget, stop.clone());
+        let mut volumes = Vec::new();
+        let mut modes = Vec::new();
+        let mut chain = Vec::new();
+        for ((plan, disk), (data, dirty)) in plan.into_iter().zip(self.disks).zip(opened.connections) {
+            volumes.push(Arc::new(AccessVolume {
+                name: plan.disk.name,
+                size: plan.disk.size,
+                data,
+                dirty,
+                discards: Mutex::new(DiscardPlanner::new(FILTER_CLUSTER, plan.disk.size)),
+                fleecing: disk.image,
+                piece: reads_within(self.qmp.version().number(), FILTER_CLUSTER, self.off),
+                stop: stopped.clone(),
+                read: AtomicU64::new(0),
+                passed: AtomicU64::new(0),
+            }));
+            modes.push(match plan.mode {
+                ReadMode::Full { .. } => (BitmapMode::New, None),
+                ReadMode::Since(generation) => (BitmapMode::Reuse, Some(generation)),
+            });
+            chain.push(disk.chain);
+        }
+        let tasks = if self.off { Vec::new() } else { vec![watch_migration(self.qmp.clone(), stop.clone())] };
+        SnapshotAccess {
+            qmp: self.qmp,
+            steps: self.steps,
+            dirty: volumes.iter().map(|volume| volume.size).collect(),
+            volumes,
+            modes,
+            tasks,
+            listener: self.listener,
+            watch,
+            stop,
+            chain,
+            held_power: self.held_power,
+            instant,
+            freeze: self.freeze,
+        }
+    }
+
+    /// Undoes all, the new bitmaps included: there was no point yet.
+    pub(crate) async fn give_up(mut self, error: Error) -> Error {
+        let images: Vec<_> = self.disks.iter().filter_map(|disk| disk.image.clone()).collect();
+        let mut failures: Vec<_> = self.steps.storage_hangs(&images, true).await.into_iter().collect();
+        if failures.is_empty() {
+            failures = self.steps.undo(&self.qmp).await;
+        }
+        if failures.is_empty() {
+            for image in &images {
+                image.empty();
+            }
+        }
+        self.steps.incomplete |= self.freeze.still_frozen.is_some();
+        let ended = crate::steps::has_ended(&self.qmp).await;
+        let disks = self.disks.drain(..).map(|disk| disk.chain).collect();
+        let chain = Chain::new(self.qmp, disks, self.steps, self.held_power);
+        failures.extend(chain.roll_back().await.err());
+        if ended {
+            return Error::new(ErrorKind::Ended, "the VM's QEMU has ended").because(error);
+        }
+        match failures.into_iter().next() {
+            None => error,
+            Some(failure) => {
+                tracing::warn!(error = error_chain(&failure), "could not undo everything");
+                let context = format!("{error}, and something is left in the VM");
+                Error::new(ErrorKind::LeftBehind, context).because(failure)
+            }
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! The program is ended at every named place, between every two commands to QEMU, and at random moments: the guest runs
+//! on, the next run takes out what was left, and no point lacks a write.
+//!
+//! `STILLPOINT_KILLS=300` makes that many random kills instead of a few.
+
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests: a panic is a failed test")]
+
+mod common;
+
+use common::Cuts;
+use serde_json::Value;
+use std::{
+    collections::BTreeSet,
+    process::{Child, Stdio},
+    time::{Duration, Instant},
+};
+use stillpoint_testkit::{BlockGraph, DiskSpec, Guest, GuestBuilder, Qemu};
+
+const MIB: u64 = 1 << 20;
+const DISKS: [&str; 2] = ["vda", "vdb"];
+/// After a death the guest runs within this time.
+const RUNS_WITHIN: Duration = Duration::from_secs(1);
+
+fn guest() -> Guest {
+    GuestBuilder::new(Qemu::installed().unwrap())
+        .disk(DiskSpec::new("vda", 96 * MIB))
+        .disk(DiskSpec::new("vdb", 64 * MIB).raw())
+        .boot()
+        .unwrap()
+}
+
+/// A backup that is under way, with more of an environment.
+fn start(cuts: &Cuts<'_>, environment: &[(&str, &str)]) -> Child {
+    let arguments = ["backup", "vm", "--json", "--qmp"].map(std::ffi::OsString::from);
+    let rest = [cuts.guest.qmp().into(), "--to".into(), cuts.target.clone().into()];
+    let mut command = cuts.tool.command(arguments.into_iter().chain(rest));
+    command.envs(environment.iter().copied());
+    command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+}
+
+/// All places that a run reaches, full and incremental.
+fn places(cuts: &mut Cuts<'_>) -> Vec<String> {
+    let list = cuts.guest.work().join("places");
+    for _ in 0..2 {
+        let environment = [("STILLPOINT_FAILPOINT_LIST", list.to_str().unwrap())];
+        assert!(start(cuts, &environment).wait().unwrap().success());
+    }
+    let text = std::fs::read_to_string(list).unwrap();
+    let places: BTreeSet<_> = text.lines().map(str::to_owned).collect();
+    places.into_iter().collect()
+}
+
+/// The guest runs, and its writes go on without an error.
+fn guest_is_unharmed(cuts: &mut Cuts<'_>, died: Instant, place: &str) {
+    loop {
+        let status = cuts.guest.execute("query-status", serde_json::json!({})).unwrap();
+        if status["status"] == "running" {
+            break;
+        }
+        assert!(died.elapsed() < RUNS_WITHIN, "{place}: the guest is {status}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert_eq!(cuts.guest.await_writes(20).unwrap().errors, 0, "{place}");
+}
+
+/// The next run succeeds, leaves the graph as it was, and nothing on the host.
+fn next_run(cuts: &mut Cuts<'_>, before: &BlockGraph, place: &str) -> Value {
+    let summary = cuts.tool.backup("vm", &cuts.guest.qmp(), &cuts.target, &[]);
+    let summary = summary.unwrap_or_else(|error| panic!("{place}: {error:#}"));
+    let after = cuts.guest.block_graph().unwrap();
+    assert_eq!(after.bitmaps.len(), DISKS.len(), "{place}: {:?}", after.bitmaps);
+    assert_eq!(after.without_bitmaps(), before.clone(), "{place}");
+    let runtime = cuts.guest.work().join("run");
+    let left: Vec<_> = std::fs::read_dir(runtime).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let left: Vec<_> =
+        left.iter().filter_map(|name| name.to_str()).filter(|name| !name.ends_with(".lock")).collect();
+    assert!(left.is_empty(), "{place}: {left:?}");
+    summary
+}
+
+/// No process of ours is left, the guard among them.
+fn no_process_is_left(cuts: &Cuts<'_>, place: &str) {
+    let marker = cuts.guest.work().to_str().unwrap().to_owned();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let ours: Vec<_> = std::fs::read_dir("/proc")
+            .unwrap()
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok()?.parse::<u32>().ok())
+            .filter(|pid| {
+                let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+                let line = String::from_utf8_lossy(&line).replace('\0', " ");
+                // The guard is known by what it holds: the guest's monitor is a socket without a path on our side.
+                line.contains("stillpoint backup") && line.contains(&marker)
+                    || line.contains("--guard-the-guest") && parent_is_gone(*pid)
+            })
+            .collect();
+        if ours.is_empty() {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{place}: processes {ours:?} are left");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn parent_is_gone(pid: u32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    status.lines().any(|line| line == "PPid:\t1")
+}
+
+fn at_every_place(action: &str, seed: u64) {
+    let mut guest = guest();
+    let before = guest.block_graph().unwrap();
+    let mut cuts = Cuts::start(&mut guest, DISKS.to_vec(), seed);
+    let places = places(&mut cuts);
+    assert!(places.len() > 60, "{places:?}");
+    for must in ["pipeline:torn#1", "pipeline:written#1", "qmp:nbd-server-start#1", "durable#1"] {
+        assert!(places.iter().any(|place| place == must), "no {must} among {places:?}");
+    }
+    let mut points = Vec::new();
+    let mut reached = 0;
+    for place in &places {
+        let plan = format!("{place}={action}");
+        let mut run = start(&cuts, &[("STILLPOINT_FAILPOINT", &plan)]);
+        let status = run.wait().unwrap();
+        let died = Instant::now();
+        guest_is_unharmed(&mut cuts, died, place);
+        if action == "kill" {
+            // Some places come only with a full or only with an incremental.
+            reached += u32::from(status.code().is_none());
+        } else {
+            let code = status.code().unwrap_or_else(|| panic!("{place}: {status}"));
+            assert!(code == 130 || code == 0, "{place}: {status}");
+            reached += u32::from(code == 130);
+            let after = cuts.guest.block_graph().unwrap();
+            assert_eq!(after.clone().without_bitmaps(), before, "{place}");
+            assert_eq!(after.bitmaps.len(), DISKS.len(), "{place}: {after:?}");
+        }
+        points.push(next_run(&mut cuts, &before, place));
+        no_process_is_left(&cuts, place);
+    }
+    println!("{action}: {} places, {reached} runs ended there", places.len());
+    assert!(reached > 40);
+    cuts.judge_all(&points);
+    cuts.end();
+}
+
+#[test]
+fn killed_at_every_place() {
+    at_every_place("kill", 31);
+}
+
+#[test]
+fn terminated_at_every_place() {
+    at_every_place("term", 32);
+}
+
+#[test]
+fn killed_at_random_moments() {
+    let kills: u64 = std::env::var("STILLPOINT_KILLS").map_or(8, |kills| kills.parse().unwrap());
+    let mut guest = guest();
+    let before = guest.block_graph().unwrap();
+    let mut cuts = Cuts::start(&mut guest, DISKS.to_vec(), 33);
+    let started = Instant::now();
+    let mut points = vec![cuts.cut(&[])];
+    let whole = started.elapsed();
+    let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+    for kill in 0..kills {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(kill | 1);
+        let after = whole.mul_f64((random >> 40) as f64 / f64::from(1 << 24));
+        let mut run = start(&cuts, &[]);
+        // The moment is the point of it: no event tells it.
+        std::thread::sleep(after);
+        run.kill().unwrap();
+        run.wait().unwrap();
+        let place = format!("kill {kill} after {after:?} of {whole:?}");
+        guest_is_unharmed(&mut cuts, Instant::now(), &place);
+        points.push(next_run(&mut cuts, &before, &place));
+    }
+    no_process_is_left(&cuts, "at the end");
+    cuts.judge_all(&points);
+    cuts.end();
+}
+
+#[test]
+fn recovery_that_is_killed_again_and_again_converges() {
+    let mut guest = guest();
+    let before = guest.block_graph().unwrap();
+    let mut cuts = Cuts::start(&mut guest, DISKS.to_vec(), 34);
+    let mut points = vec![cuts.cut(&[])];
+    let left_behind = |cuts: &Cuts<'_>| {
+        let status = start(cuts, &[("STILLPOINT_FAILPOINT", "taken#1=kill")]).wait().unwrap();
+        assert!(status.code().is_none(), "{status}");
+    };
+    let qmp = cuts.guest.qmp().display().to_string();
+    let list = cuts.guest.work().join("places");
+    left_behind(&cuts);
+    let mut recover = cuts.tool.command(["recover", "--qmp", &qmp]);
+    assert!(
+        recover.env("STILLPOINT_FAILPOINT_LIST", &list).stdout(Stdio::null()).status().unwrap().success()
+    );
+    let places = std::fs::read_to_string(list).unwrap();
+    assert!(places.lines().count() > 20, "{places}");
+    // One left-over each, killed further and further along the way: each time the rest is found.
+    left_behind(&cuts);
+    for place in places.lines() {
+        let mut recover = cuts.tool.command(["recover", "--qmp", &qmp]);
+        recover
+            .env("STILLPOINT_FAILPOINT", format!("{place}=kill"))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let status = recover.status().unwrap();
+        guest_is_unharmed(&mut cuts, Instant::now(), place);
+        if status.code() == Some(0) {
+            left_behind(&cuts);
+        }
+    }
+    let recovered = cuts.tool.run(["recover", "--qmp", &qmp]).unwrap();
+    assert_eq!(recovered.status, 0, "{recovered:?}");
+    assert_eq!(cuts.guest.block_graph().unwrap().without_bitmaps(), before.clone().without_bitmaps());
+    points.push(next_run(&mut cuts, &before.without_bitmaps(), "at the end"));
+    cuts.judge_all(&points);
+    cuts.end();
+}
