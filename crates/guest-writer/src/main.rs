@@ -99,6 +99,11 @@ fn carry_out(storm: &mut Option<Storm>, words: &[&str]) -> Result<String, String
                 .map_err(|error| error.to_string())?;
             Ok(String::new())
         }
+        ["reboot"] => {
+            rustix::system::reboot(rustix::system::RebootCommand::Restart)
+                .map_err(|error| error.to_string())?;
+            Ok(String::new())
+        }
         ["fill", size, offset, length] => {
             disk::fill(number(size)?, number(offset)?, number(length)?)?;
             Ok("filled".into())

@@ -174,7 +174,7 @@ impl SnapshotAccess {
     ///
     /// # Errors
     /// [`ErrorKind::LeftBehind`] if something of ours is still there; every step was tried, unless the fleecing images'
-    /// storage hangs, since then the guest would hang with it.
+    /// storage hangs, since then the guest would hang with it. [`ErrorKind::Ended`] if QEMU has ended, and all with it.
     pub async fn tear_down(mut self, failed: bool) -> (Chain, Result<Length>) {
         self.canceller().cancel();
         for task in self.tasks.drain(..) {
@@ -202,6 +202,7 @@ impl SnapshotAccess {
         let chain = Chain::new(self.qmp, self.chain, self.steps, self.held_power);
         let result = match first {
             None => Ok(peak),
+            Some(ended) if ended.kind() == ErrorKind::Ended => Err(ended),
             Some(first) => {
                 Err(Error::new(ErrorKind::LeftBehind, "something is left in the VM").because(first))
             }

@@ -68,7 +68,10 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_dir_all(&self.directory) {
+        // Usually the step was undone, and the directory is gone.
+        if let Err(error) = std::fs::remove_dir_all(&self.directory)
+            && error.kind() != io::ErrorKind::NotFound
+        {
             tracing::warn!(directory = %self.directory.display(), %error, "could not remove the NBD socket's directory");
         }
     }

@@ -42,21 +42,27 @@ impl Steps {
     }
 
     /// Undoes everything, the last step first, going on whatever fails. What could not be undone is returned; nothing
-    /// is left behind in a QEMU that has ended.
+    /// is left behind in a QEMU that has ended, which is told by [`ErrorKind::Ended`] alone.
     pub(crate) async fn undo(&mut self, qmp: &Qmp) -> Vec<Error> {
         let mut failures = Vec::new();
+        let mut ended = false;
         while let Some(step) = self.done.pop() {
             step.undo_on_host(&self.runtime);
+            if ended {
+                continue;
+            }
             if let Err(error) = step.undo(qmp).await {
+                if has_ended(qmp).await {
+                    ended = true;
+                    failures = vec![Error::new(ErrorKind::Ended, "the VM's QEMU has ended").because(error)];
+                    continue;
+                }
                 tracing::warn!(step = step.describe(), error = error_chain(&error), "could not undo a step");
                 failures.push(error);
             }
             stillpoint_failpoint::reached(&format!("undone:{}", step.name()));
         }
-        if !failures.is_empty() && has_ended(qmp).await {
-            failures.clear();
-        }
-        self.incomplete |= !failures.is_empty();
+        self.incomplete |= !failures.is_empty() && !ended;
         failures
     }
 

@@ -415,15 +415,12 @@ impl Taking {
             }
         }
         self.steps.incomplete |= self.freeze.still_frozen.is_some();
-        let ended = crate::steps::has_ended(&self.qmp).await;
         let disks = self.disks.drain(..).map(|disk| disk.chain).collect();
         let chain = Chain::new(self.qmp, disks, self.steps, self.held_power);
         failures.extend(chain.roll_back().await.err());
-        if ended {
-            return Error::new(ErrorKind::Ended, "the VM's QEMU has ended").because(error);
-        }
         match failures.into_iter().next() {
             None => error,
+            Some(ended) if ended.kind() == ErrorKind::Ended => ended,
             Some(failure) => {
                 tracing::warn!(error = error_chain(&failure), "could not undo everything");
                 let context = format!("{error}, and something is left in the VM");

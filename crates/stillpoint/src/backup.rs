@@ -241,6 +241,10 @@ impl Run<'_> {
         stillpoint_failpoint::reached("committed");
         let mut exit = Exit::Done;
         let peak = torn_down.unwrap_or_else(|error| {
+            if error.kind() == AccessErrorKind::Ended {
+                warnings.push("the VM's QEMU ended while the point was made; the point is whole".into());
+                return Length::ZERO;
+            }
             exit = Exit::LeftBehind;
             warnings.push(format!(
                 "the point is good, but {}; type: {}",
@@ -477,6 +481,7 @@ impl Run<'_> {
         ended: Result<bool, stillpoint_snapshot_access::Error>,
     ) -> Failure {
         match (torn_down, ended) {
+            (Some(error), _) if error.kind() == AccessErrorKind::Ended => failure.guest(Guest::Ended),
             (None, Ok(false)) => failure,
             (None, Ok(true)) => failure.guest(Guest::Ended),
             (Some(error), _) | (None, Err(error)) => {

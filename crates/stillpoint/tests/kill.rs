@@ -135,7 +135,11 @@ fn at_every_place(action: &str, seed: u64) {
             assert_eq!(after.clone().without_bitmaps(), before, "{place}");
             assert_eq!(after.bitmaps.len(), DISKS.len(), "{place}: {after:?}");
         }
-        points.push(next_run(&mut cuts, &before, place));
+        let point = next_run(&mut cuts, &before, place);
+        for disk in point["disks"].as_array().unwrap() {
+            assert_eq!(disk["bitmap_mode"], "reuse", "{place}: {point}");
+        }
+        points.push(point);
         no_process_is_left(&cuts, place);
     }
     println!("{action}: {} places, {reached} runs ended there", places.len());

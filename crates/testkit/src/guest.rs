@@ -232,6 +232,52 @@ impl Guest {
         Ok(answer)
     }
 
+    /// Lets the guest power itself off. What comes of it is QEMU's business.
+    ///
+    /// # Errors
+    /// If the guest has ended.
+    pub fn power_off(&mut self) -> Result<()> {
+        self.tell("poweroff")
+    }
+
+    /// Lets the guest reboot itself.
+    ///
+    /// # Errors
+    /// If the guest has ended.
+    pub fn reboot(&mut self) -> Result<()> {
+        self.tell("reboot")
+    }
+
+    fn tell(&mut self, request: &str) -> Result<()> {
+        let (stream, _) = self.control.as_mut().context("the guest has ended")?;
+        Ok(stream.write_all(format!("{request}\n").as_bytes())?)
+    }
+
+    /// Waits for an event of QEMU.
+    ///
+    /// # Errors
+    /// If QEMU ends, or is silent for 20 s.
+    pub fn wait_for(&mut self, event: &str) -> Result<Value> {
+        self.own.as_mut().context("QEMU has ended")?.wait_for(event)
+    }
+
+    /// Waits until QEMU has ended by itself.
+    ///
+    /// # Errors
+    /// If it does not within 60 s.
+    pub fn await_end(&mut self) -> Result<()> {
+        self.control = None;
+        self.own = None;
+        let child = self.child.as_mut().context("QEMU has ended")?;
+        let deadline = Instant::now() + ANSWER;
+        while child.try_wait()?.is_none() {
+            ensure!(Instant::now() < deadline, "QEMU does not end");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        self.child = None;
+        Ok(())
+    }
+
     /// Ends QEMU as a host's power cut would.
     ///
     /// # Errors
@@ -252,16 +298,7 @@ impl Guest {
     /// If it does not end within 60 s.
     pub fn quit(&mut self) -> Result<()> {
         self.execute("quit", json!({}))?;
-        self.control = None;
-        self.own = None;
-        let child = self.child.as_mut().context("QEMU has ended")?;
-        let deadline = Instant::now() + ANSWER;
-        while child.try_wait()?.is_none() {
-            ensure!(Instant::now() < deadline, "QEMU does not quit");
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        self.child = None;
-        Ok(())
+        self.await_end()
     }
 }
 

@@ -9,8 +9,13 @@
 
 use guest_writer::Layout;
 use serde_json::Value;
-use std::path::{Path, PathBuf};
-use stillpoint_testkit::{Guest, Storm, Tool, oracle};
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+use stillpoint_testkit::{Guest, Outcome, Storm, StormSpec, Tool, oracle};
 
 /// The program under test.
 pub fn tool(runtime: &Path) -> Tool {
@@ -35,6 +40,62 @@ pub fn restore(tool: &Tool, target: &Path, point: &str, disks: &[&str], output: 
     disks.iter().map(|disk| output.join(format!("{disk}.raw"))).collect()
 }
 
+/// A run of the program that stands still (SIGSTOP) at one of its named places.
+pub struct Held {
+    child: Child,
+}
+
+impl Held {
+    /// Starts `stillpoint ARGUMENTS` and waits until it stands still at `place`.
+    pub fn at<A: Into<OsString>>(tool: &Tool, place: &str, arguments: impl IntoIterator<Item = A>) -> Self {
+        let mut command = tool.command(arguments.into_iter().map(Into::into));
+        command.env("STILLPOINT_FAILPOINT", format!("{place}=stop"));
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap_or_default();
+            if stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T')) {
+                return Self { child };
+            }
+            if let Some(status) = child.try_wait().unwrap() {
+                let output = child.wait_with_output().unwrap();
+                panic!("{place} was not reached: {status}: {}", String::from_utf8_lossy(&output.stderr));
+            }
+            assert!(Instant::now() < deadline, "{place} was not reached");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends a signal by its name.
+    pub fn signal(&self, name: &str) {
+        let pid = self.child.id().to_string();
+        assert!(Command::new("kill").args(["-s", name, &pid]).status().unwrap().success());
+    }
+
+    /// Lets it go on, and waits for its end.
+    pub fn go_on(self) -> Outcome {
+        self.signal("CONT");
+        let output = self.child.wait_with_output().unwrap();
+        Outcome {
+            status: output.status.code().unwrap_or(-1),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+}
+
+/// The arguments of a backup of the VM behind `qmp`.
+pub fn backup_arguments(qmp: &Path, target: &Path, more: &[&str]) -> Vec<OsString> {
+    let mut arguments: Vec<OsString> = vec!["backup".into(), "vm".into(), "--json".into()];
+    arguments.extend(["--qmp".into(), qmp.into(), "--to".into(), target.into()]);
+    arguments.extend(more.iter().map(OsString::from));
+    arguments
+}
+
 /// Makes points while the guest writes, and checks each.
 pub struct Cuts<'a> {
     pub guest: &'a mut Guest,
@@ -48,7 +109,12 @@ pub struct Cuts<'a> {
 impl<'a> Cuts<'a> {
     /// Starts the storm at full speed.
     pub fn start(guest: &'a mut Guest, disks: Vec<&'static str>, seed: u64) -> Self {
-        let storm = guest.start_storm(seed, 0).unwrap();
+        Self::start_with(guest, disks, StormSpec::new(seed))
+    }
+
+    /// Starts a storm of this kind.
+    pub fn start_with(guest: &'a mut Guest, disks: Vec<&'static str>, spec: StormSpec) -> Self {
+        let storm = guest.start_storm_with(spec).unwrap();
         guest.await_writes(300).unwrap();
         let tool = tool(guest.work());
         let target = guest.work().join("target");
@@ -67,6 +133,11 @@ impl<'a> Cuts<'a> {
         assert!(after.bitmaps.iter().all(|(_, name)| name.ends_with(point)), "{:?}", after.bitmaps);
         self.pauses.push(summary["pause_ms"].as_f64().unwrap());
         summary
+    }
+
+    /// A backup that stands still at `place`.
+    pub fn hold_at(&self, place: &str, more: &[&str]) -> Held {
+        Held::at(&self.tool, place, backup_arguments(&self.guest.qmp(), &self.target, more))
     }
 
     /// Restores every point made and asks the oracle; returns the operations in each.
