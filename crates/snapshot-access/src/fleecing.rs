@@ -65,10 +65,15 @@ impl FleecingImage {
             Error::new(ErrorKind::Host, format!("{doing} a fleecing image in {}", directory.display()))
                 .because(error)
         };
+        // QEMU counts in sectors of 512 bytes and wants the target to be no smaller than the disk.
+        let sectors = size.get().checked_next_multiple_of(512).unwrap_or(size.get());
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
         let owner = Mode::RUSR | Mode::WUSR;
         let file = match open(directory, flags | OFlags::TMPFILE, owner) {
-            Ok(file) => file,
+            Ok(file) => {
+                ftruncate(&file, sectors).map_err(|error| failed("give its size to", error))?;
+                file
+            }
             Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) if directory.is_dir() => {
                 let mut random = [0u8; 8];
                 rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
@@ -79,14 +84,13 @@ impl FleecingImage {
                 let flags = flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
                 let file = open(&path, flags, owner).map_err(|error| failed("create", error))?;
                 stillpoint_failpoint::reached("fleecing:named");
+                // Some file systems know an open file by its name only.
+                ftruncate(&file, sectors).map_err(|error| failed("give its size to", error))?;
                 unlink(&path).map_err(|error| failed("take the name from", error))?;
                 file
             }
             Err(error) => return Err(failed("create", error)),
         };
-        // QEMU counts in sectors of 512 bytes and wants the target to be no smaller than the disk.
-        let sectors = size.get().checked_next_multiple_of(512).unwrap_or(size.get());
-        ftruncate(&file, sectors).map_err(|error| failed("give its size to", error))?;
         Ok(Self { file, directory: directory.to_owned() })
     }
 

@@ -32,8 +32,8 @@ pub struct LeftOvers {
     steps: Vec<Step>,
     /// Whether a power-off of the guest is held up, to be granted when all else is undone.
     held_power: bool,
-    /// Where the fleecing images are.
-    storage: BTreeSet<PathBuf>,
+    /// What is in the way of undoing more than the guest's pause and freeze.
+    obstacle: Option<Error>,
     runtime: PathBuf,
 }
 
@@ -41,95 +41,44 @@ impl LeftOvers {
     /// Looks, and touches nothing.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] on a QEMU that is too old for us to have left anything; if QEMU does not answer, or a filter of ours is there and nothing tells on which node.
+    /// [`ErrorKind::Refused`] on a QEMU that is too old for us to have left anything; if QEMU does not answer.
     pub async fn find(qmp: &Qmp, runtime: &Path) -> Result<Self> {
         refuse_old(&qmp.version())?;
         let journal = Journal::read(runtime, qmp);
-        let nodes: Vec<Value> = ask(qmp, command::query_nodes()).await?;
-        let blocks: Vec<Value> = ask(qmp, command::query_block()).await?;
-        let exports: Vec<Value> = ask(qmp, command::query_exports()).await?;
-        let text = |value: &Value, key: &str| value.get(key).and_then(Value::as_str).map(str::to_owned);
-
-        let mut ours: Vec<NodeName> = Vec::new();
-        let mut steps = Vec::new();
-        for node in &nodes {
-            let Some(name) = text(node, "node-name").and_then(|name| name.parse::<NodeName>().ok()) else {
-                continue;
-            };
-            let bitmaps = node.get("dirty-bitmaps").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
-            if bitmaps
-                .iter()
-                .any(|bitmap| bitmap.get("name").and_then(Value::as_str) == Some(names::READ_BITMAP))
-            {
-                steps.push(Step::ReadBitmap { node: name.clone() });
-            }
-            if is_ours(name.as_str()) {
-                ours.push(name);
+        let mut found = Self {
+            steps: Vec::new(),
+            held_power: journal.contains(&Step::ShutdownAction),
+            obstacle: storage_that_hangs(&journal).await,
+            runtime: runtime.to_owned(),
+        };
+        if found.obstacle.is_none() {
+            match in_the_graph(qmp, &journal).await {
+                Ok(steps) => found.steps = steps,
+                Err(error) if error.kind() == ErrorKind::LeftBehind => found.obstacle = Some(error),
+                Err(error) => return Err(error),
             }
         }
-        let our_exports: Vec<String> =
-            exports.iter().filter_map(|export| text(export, "id")).filter(|id| is_ours(id)).collect();
-        let of_kind =
-            |name: &str| journal.iter().filter(|step| step.name() == name).cloned().collect::<Vec<_>>();
-        steps.extend(of_kind("fleecing-file"));
-        steps.extend(of_kind("listener"));
-        // Alone with our exports, or with a run of ours that got as far as making some, the server is ours. With one that
-        // only began to start it, its monitor's descriptor tells, so it has to be this monitor.
-        let begun = Step::Begin { monitor: process::socket_key(qmp.path()) };
-        let started =
-            !of_kind("export").is_empty() || (journal.contains(&begun) && journal.contains(&Step::Server));
-        let foreign_exports = exports.len() > our_exports.len();
-        if !foreign_exports && (!our_exports.is_empty() || started) {
-            steps.push(Step::Server);
-        }
-        // QEMU keeps a removed set until the guest runs: without a trace of a run that died it is no left-over.
-        if !journal.is_empty() || !ours.is_empty() {
-            let sets = our_fd_sets(qmp).await?;
-            steps.extend(sets.into_iter().map(|opaque| Step::FdSet { opaque, directory: PathBuf::new() }));
-        }
-        let storage = journal.iter().filter_map(|step| match step {
-            Step::FdSet { directory, .. } => Some(directory.clone()),
-            _ => None,
-        });
-        // In the order in which a run makes them, so that undoing from the last is right.
-        for role in ["fleece", "filter"] {
-            let prefix = format!("{}{role}-", names::PREFIX);
-            let of_role = ours.iter().filter(|name| name.as_str().starts_with(&prefix));
-            steps.extend(of_role.map(|name| Step::Node { name: name.clone() }));
-        }
-        steps.extend(switched_drives(qmp, &blocks, &journal).await?);
-        let access = format!("{}access-", names::PREFIX);
-        let access = ours.iter().filter(|name| name.as_str().starts_with(&access));
-        steps.extend(access.map(|name| Step::Node { name: name.clone() }));
-        steps.extend(our_exports.into_iter().map(|id| Step::Export { id }));
         // Last, so that it is undone first.
         let last = |one: &str, other: &str| {
             journal.iter().rev().find(|step| step.name() == one || step.name() == other).cloned()
         };
-        steps.extend(last("freeze", "thawed").filter(|step| step.name() == "freeze"));
+        found.steps.extend(last("freeze", "thawed").filter(|step| step.name() == "freeze"));
         let status: Value = ask(qmp, command::query_status()).await?;
-        if last("pause", "resumed") == Some(Step::Pause)
-            && text(&status, "status").as_deref() == Some("paused")
-        {
-            steps.push(Step::Pause);
-        }
-        Ok(Self {
-            steps,
-            held_power: journal.contains(&Step::ShutdownAction),
-            storage: storage.collect(),
-            runtime: runtime.to_owned(),
-        })
+        let paused = status.get("status").and_then(Value::as_str) == Some("paused");
+        found.steps.extend(last("pause", "resumed").filter(|step| paused && *step == Step::Pause));
+        Ok(found)
     }
 
     /// Whether there is nothing.
     pub fn is_empty(&self) -> bool {
-        self.steps.is_empty() && !self.held_power
+        self.steps.is_empty() && !self.held_power && self.obstacle.is_none()
     }
 
     /// A line for each.
     pub fn describe(&self) -> Vec<String> {
         let power = self.held_power.then(|| Step::ShutdownAction.describe());
-        power.into_iter().chain(self.steps.iter().map(Step::describe)).collect()
+        let obstacle = self.obstacle.as_ref().map(ToString::to_string);
+        power.into_iter().chain(obstacle).chain(self.steps.iter().map(Step::describe)).collect()
     }
 
     /// Undoes all of it, going on whatever fails, and looks again. Last of all it grants the guest's power-off, if one
@@ -139,24 +88,15 @@ impl LeftOvers {
     /// [`ErrorKind::LeftBehind`] if something is still there.
     pub async fn undo(self, qmp: &Qmp) -> Result<bool> {
         let mut first = None;
-        let mut hangs = None;
         for step in self.steps.iter().rev() {
-            if !matches!(step, Step::Pause | Step::Freeze { .. }) && hangs.is_none() {
-                hangs = Some(self.storage_hangs().await);
-            }
-            if let Some(Some(directory)) = &hangs {
-                let context = format!(
-                    "the storage of the fleecing images in {} does not answer, and taking them out would make the guest \
-                     wait for it; the guest runs on. Try again when it answers",
-                    directory.display()
-                );
-                return Err(Error::new(ErrorKind::LeftBehind, context));
-            }
             step.undo_on_host(&self.runtime);
             if let Err(error) = step.undo(qmp).await {
                 first.get_or_insert(error);
             }
             stillpoint_failpoint::reached(&format!("recovered:{}", step.name()));
+        }
+        if let Some(obstacle) = self.obstacle {
+            return Err(obstacle);
         }
         if let Some(error) = first {
             return Err(Error::new(ErrorKind::LeftBehind, "not everything could be undone").because(error));
@@ -168,15 +108,6 @@ impl LeftOvers {
         let ended = if self.held_power { power::settle(qmp).await? } else { false };
         Journal::forget(&self.runtime, qmp);
         Ok(ended)
-    }
-
-    async fn storage_hangs(&self) -> Option<PathBuf> {
-        for directory in &self.storage {
-            if !fleecing::storage_answers(directory.clone()).await {
-                return Some(directory.clone());
-            }
-        }
-        None
     }
 
     /// What QEMU itself still shows; the journal is not asked, since all that it tells of was undone.
@@ -194,6 +125,81 @@ impl LeftOvers {
         };
         Ok(found.steps.iter().filter(shown).map(Step::describe).collect())
     }
+}
+
+/// What QEMU shows and the journal adds, in the order in which a run makes it.
+async fn in_the_graph(qmp: &Qmp, journal: &[Step]) -> Result<Vec<Step>> {
+    let nodes: Vec<Value> = ask(qmp, command::query_nodes()).await?;
+    let blocks: Vec<Value> = ask(qmp, command::query_block()).await?;
+    let exports: Vec<Value> = ask(qmp, command::query_exports()).await?;
+    let text = |value: &Value, key: &str| value.get(key).and_then(Value::as_str).map(str::to_owned);
+
+    let mut ours: Vec<NodeName> = Vec::new();
+    let mut steps = Vec::new();
+    for node in &nodes {
+        let Some(name) = text(node, "node-name").and_then(|name| name.parse::<NodeName>().ok()) else {
+            continue;
+        };
+        let bitmaps = node.get("dirty-bitmaps").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+        if bitmaps.iter().any(|bitmap| bitmap.get("name").and_then(Value::as_str) == Some(names::READ_BITMAP))
+        {
+            steps.push(Step::ReadBitmap { node: name.clone() });
+        }
+        if is_ours(name.as_str()) {
+            ours.push(name);
+        }
+    }
+    let our_exports: Vec<String> =
+        exports.iter().filter_map(|export| text(export, "id")).filter(|id| is_ours(id)).collect();
+    let of_kind = |name: &str| journal.iter().filter(|step| step.name() == name).cloned().collect::<Vec<_>>();
+    steps.extend(of_kind("fleecing-file"));
+    steps.extend(of_kind("listener"));
+    // Alone with our exports, or with a run of ours that got as far as making some, the server is ours. With one that
+    // only began to start it, its monitor's descriptor tells, so it has to be this monitor.
+    let begun = Step::Begin { monitor: process::socket_key(qmp.path()) };
+    let started =
+        !of_kind("export").is_empty() || (journal.contains(&begun) && journal.contains(&Step::Server));
+    let foreign_exports = exports.len() > our_exports.len();
+    if !foreign_exports && (!our_exports.is_empty() || started) {
+        steps.push(Step::Server);
+    }
+    // QEMU keeps a removed set until the guest runs: without a trace of a run that died it is no left-over.
+    if !journal.is_empty() || !ours.is_empty() {
+        let sets = our_fd_sets(qmp).await?;
+        steps.extend(sets.into_iter().map(|opaque| Step::FdSet { opaque, directory: PathBuf::new() }));
+    }
+    // In the order in which a run makes them, so that undoing from the last is right.
+    for role in ["fleece", "filter"] {
+        let prefix = format!("{}{role}-", names::PREFIX);
+        let of_role = ours.iter().filter(|name| name.as_str().starts_with(&prefix));
+        steps.extend(of_role.map(|name| Step::Node { name: name.clone() }));
+    }
+    steps.extend(switched_drives(qmp, &blocks, journal).await?);
+    let access = format!("{}access-", names::PREFIX);
+    let access = ours.iter().filter(|name| name.as_str().starts_with(&access));
+    steps.extend(access.map(|name| Step::Node { name: name.clone() }));
+    steps.extend(our_exports.into_iter().map(|id| Step::Export { id }));
+    Ok(steps)
+}
+
+/// Whether the storage of fleecing images hangs. Then QEMU is not even asked about its nodes: it would wait for their
+/// size, and the guest with it.
+async fn storage_that_hangs(journal: &[Step]) -> Option<Error> {
+    let directory = |step: &Step| match step {
+        Step::FdSet { directory, .. } => Some(directory.clone()),
+        _ => None,
+    };
+    for directory in journal.iter().filter_map(directory).collect::<BTreeSet<_>>() {
+        if !fleecing::storage_answers(directory.clone()).await {
+            let context = format!(
+                "the storage of the fleecing images in {} does not answer, and taking them out would make the guest wait for \
+                 it; the guest runs on. Try again when it answers",
+                directory.display()
+            );
+            return Some(Error::new(ErrorKind::LeftBehind, context));
+        }
+    }
+    None
 }
 
 async fn our_fd_sets(qmp: &Qmp) -> Result<Vec<String>> {

@@ -20,8 +20,6 @@ use stillpoint_snapshot_access::{
     Chain, Disk, DiskPlan, ErrorKind as AccessErrorKind, Machine, ReadMode, Settings, SnapshotAccess,
 };
 
-/// QEMU gives up a snapshot, never a guest's write, after this long. Windows' virtio drivers time out at 60 s.
-const CBW_TIMEOUT_SECONDS: u32 = 45;
 /// Configuration files are small; a wrong path must not fill memory.
 const CONFIG_FILE_MOST: u64 = 16 << 20;
 
@@ -205,7 +203,7 @@ impl Run<'_> {
             fleecing_directory: self.job.vm.fleecing.directory.clone(),
             fleecing_budget: self.job.vm.fleecing.budget,
             runtime_directory: runtime::directory(),
-            cbw_timeout_seconds: CBW_TIMEOUT_SECONDS,
+            cbw_timeout_seconds: self.job.vm.fleecing.timeout,
             agent: self.job.vm.agent.clone(),
             freeze_timeout: Duration::from_secs(self.job.vm.freeze_timeout),
             guard: vec!["/proc/self/exe".into(), crate::GUARD.into()],

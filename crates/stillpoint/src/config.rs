@@ -12,6 +12,8 @@ use stillpoint_provider_directory::DirectoryProvider;
 
 /// Directory of fleecing images unless configured: on disk, unlike `/tmp`, and there on every Linux.
 const FLEECING_DIRECTORY: &str = "/var/tmp";
+/// QEMU gives up a snapshot, never a guest's write, after this long. Windows' virtio drivers time out at 60 s.
+const FLEECING_TIMEOUT: u32 = 45;
 /// Seconds that an agent may take to freeze unless configured: it writes out all that its guest has cached.
 const FREEZE_TIMEOUT: u64 = 60;
 
@@ -76,11 +78,15 @@ pub(crate) struct Fleecing {
     /// Most bytes that they may take together, such as `"20GiB"`.
     #[serde(default, deserialize_with = "size")]
     pub budget: Option<Length>,
+    /// Seconds that a guest's write waits at the most for its old data to be kept aside; then the backup fails, not the
+    /// write.
+    #[serde(default = "fleecing_timeout", deserialize_with = "timeout")]
+    pub timeout: u32,
 }
 
 impl Default for Fleecing {
     fn default() -> Self {
-        Self { directory: fleecing_directory(), budget: None }
+        Self { directory: fleecing_directory(), budget: None, timeout: FLEECING_TIMEOUT }
     }
 }
 
@@ -90,6 +96,21 @@ fn freeze_timeout() -> u64 {
 
 fn fleecing_directory() -> PathBuf {
     FLEECING_DIRECTORY.into()
+}
+
+fn fleecing_timeout() -> u32 {
+    FLEECING_TIMEOUT
+}
+
+/// QEMU takes 0 for no limit at all, and a guest's own limit is 30 s (Linux) or 60 s (Windows) as a rule.
+fn timeout<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    let seconds = u32::deserialize(deserializer)?;
+    if (1..=60).contains(&seconds) {
+        return Ok(seconds);
+    }
+    Err(serde::de::Error::custom(format!(
+        "{seconds} seconds are no timeout for a guest's write; give 1 to 60"
+    )))
 }
 
 fn size<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Length>, D::Error> {

@@ -28,6 +28,7 @@
 )]
 
 mod accelerator;
+mod bare;
 mod disk;
 mod graph;
 mod guest;
@@ -43,6 +44,7 @@ mod storm;
 mod tool;
 mod watch;
 
+pub use bare::BareMachine;
 pub use disk::{Cache, DiskSpec, FrontEnd, ImageFormat};
 pub use graph::BlockGraph;
 pub use guest::{Guest, GuestBuilder};

@@ -29,6 +29,7 @@ pub const REQUIREMENTS: &[Requirement] = &[
     needs("nbdkit", "nbdkit", "a server that the NBD client is tested with"),
     needs("nbdcopy", "libnbd-bin", "reads an export as others do"),
     needs("nbdinfo", "libnbd-bin", "reads a bitmap as others do"),
+    needs("bindfs", "bindfs", "storage that can be made slow or stuck"),
     needs("busybox", "busybox-static", "the guest's user land"),
     needs("dpkg-deb", "dpkg", "unpacks the guest's kernel"),
     needs("xz", "xz-utils", "unpacks the guest's drivers"),

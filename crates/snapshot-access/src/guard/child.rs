@@ -6,7 +6,7 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::{FileType, fstat},
     io::{Errno, read, write},
-    stdio::{stderr, stdin, stdout},
+    stdio::{dup2_stdout, stderr, stdin, stdout},
 };
 use std::{
     os::fd::BorrowedFd,
@@ -72,6 +72,10 @@ pub fn run() -> Option<()> {
     if state.paused {
         say(stdout(), CONT_COMMAND);
         await_answer(stdout(), Instant::now() + CONT, |heard| contains(heard, CONT_ANSWER));
+    }
+    // The monitor serves one client, and recovery may want to be it while the agent is still waited for.
+    if let Ok(null) = std::fs::File::open("/dev/null") {
+        let _ = dup2_stdout(null);
     }
     if state.frozen.is_some() {
         thaw();
