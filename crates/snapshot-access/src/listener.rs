@@ -6,10 +6,14 @@ use crate::{
     step::Step,
 };
 use std::{
+    fs::Permissions,
     io,
     os::{
         fd::{AsFd, BorrowedFd},
-        unix::{fs::DirBuilderExt as _, net::UnixListener},
+        unix::{
+            fs::{DirBuilderExt as _, PermissionsExt as _},
+            net::UnixListener,
+        },
     },
     path::{Path, PathBuf},
 };
@@ -47,7 +51,11 @@ impl Listener {
             .create(&directory)
             .map_err(host(format!("create directory {}", directory.display())))?;
         let path = directory.join("socket");
-        let bound = UnixListener::bind(&path).map_err(host(format!("listen on {}", path.display())));
+        let bound = UnixListener::bind(&path)
+            .and_then(|socket| {
+                std::fs::set_permissions(&path, Permissions::from_mode(0o600)).map(|()| socket)
+            })
+            .map_err(host(format!("listen on {}", path.display())));
         match bound {
             Ok(socket) => Ok(Self { socket, directory }),
             Err(error) => {
@@ -99,7 +107,6 @@ pub fn private_directory(path: &Path) -> Result<()> {
 #[cfg(test)]
 mod test {
     use super::*;
-    use std::{fs::Permissions, os::unix::fs::PermissionsExt as _};
 
     #[test]
     fn only_its_owner_reaches_the_socket_and_nothing_stays() {
