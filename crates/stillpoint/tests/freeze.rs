@@ -45,6 +45,7 @@ struct Agent {
     path: PathBuf,
     frozen: Arc<AtomicBool>,
     deaf: Arc<AtomicBool>,
+    end: Arc<AtomicBool>,
     thaws: mpsc::Receiver<Instant>,
     asked: Arc<Mutex<Vec<String>>>,
 }
@@ -55,13 +56,23 @@ impl Agent {
         let listener = UnixListener::bind(&path).unwrap();
         let frozen = Arc::new(AtomicBool::new(manner == Manner::Frozen));
         let deaf = Arc::new(AtomicBool::new(manner == Manner::NeverThaws));
+        let end = Arc::new(AtomicBool::new(false));
         let asked = Arc::new(Mutex::new(Vec::new()));
         let (told, thaws) = mpsc::channel();
-        let agent = Self { path, frozen: frozen.clone(), deaf: deaf.clone(), thaws, asked: asked.clone() };
+        let agent = Self {
+            path,
+            frozen: frozen.clone(),
+            deaf: deaf.clone(),
+            end: end.clone(),
+            thaws,
+            asked: asked.clone(),
+        };
         thread::spawn(move || {
             for stream in listener.incoming() {
                 let (frozen, deaf, asked, told) = (frozen.clone(), deaf.clone(), asked.clone(), told.clone());
-                thread::spawn(move || serve(&stream.unwrap(), manner, &frozen, &deaf, &asked, &told));
+                let (stream, end) = (stream.unwrap(), end.clone());
+                stream.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+                thread::spawn(move || serve(&stream, manner, &frozen, &deaf, &end, &asked, &told));
             }
         });
         agent
@@ -77,6 +88,7 @@ fn serve(
     manner: Manner,
     frozen: &AtomicBool,
     deaf: &AtomicBool,
+    end: &AtomicBool,
     asked: &Mutex<Vec<String>>,
     told: &mpsc::Sender<Instant>,
 ) {
@@ -86,6 +98,9 @@ fn serve(
         let mut line = Vec::new();
         match lines.read_until(b'\n', &mut line) {
             Ok(1..) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock && !end.load(Ordering::SeqCst) => {
+                continue;
+            }
             _ => return,
         }
         let text: String = String::from_utf8_lossy(&line).chars().filter(char::is_ascii).collect();
@@ -279,6 +294,10 @@ fn a_thaw_that_is_not_answered_is_told_and_recovered() {
     let recovered = setting.tool.run(["recover", "--qmp", &qmp]).unwrap();
     assert_eq!(recovered.status, 0, "{recovered:?}");
     setting.is_thawed_and_running();
+    // The guard waits for an answer for a while, and ends at once with the agent.
+    let Setting { machine, agent, .. } = setting;
+    agent.end.store(true, Ordering::SeqCst);
+    common::no_process_is_left(machine.work(), "after the agent");
 }
 
 #[test]

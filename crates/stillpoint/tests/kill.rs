@@ -7,7 +7,7 @@
 
 mod common;
 
-use common::Cuts;
+use common::{Cuts, no_process_is_left};
 use serde_json::Value;
 use std::{
     collections::BTreeSet,
@@ -78,35 +78,6 @@ fn next_run(cuts: &mut Cuts<'_>, before: &BlockGraph, place: &str) -> Value {
     summary
 }
 
-/// No process of ours is left, the guard among them.
-fn no_process_is_left(cuts: &Cuts<'_>, place: &str) {
-    let marker = cuts.guest.work().to_str().unwrap().to_owned();
-    let deadline = Instant::now() + Duration::from_secs(20);
-    loop {
-        let ours: Vec<_> = std::fs::read_dir("/proc")
-            .unwrap()
-            .filter_map(|entry| entry.ok()?.file_name().into_string().ok()?.parse::<u32>().ok())
-            .filter(|pid| {
-                let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-                let line = String::from_utf8_lossy(&line).replace('\0', " ");
-                // The guard is known by what it holds: the guest's monitor is a socket without a path on our side.
-                line.contains("stillpoint backup") && line.contains(&marker)
-                    || line.contains("--guard-the-guest") && parent_is_gone(*pid)
-            })
-            .collect();
-        if ours.is_empty() {
-            return;
-        }
-        assert!(Instant::now() < deadline, "{place}: processes {ours:?} are left");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
-fn parent_is_gone(pid: u32) -> bool {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    status.lines().any(|line| line == "PPid:\t1")
-}
-
 fn at_every_place(action: &str, seed: u64) {
     let mut guest = guest();
     let before = guest.block_graph().unwrap();
@@ -140,7 +111,7 @@ fn at_every_place(action: &str, seed: u64) {
             assert_eq!(disk["bitmap_mode"], "reuse", "{place}: {point}");
         }
         points.push(point);
-        no_process_is_left(&cuts, place);
+        no_process_is_left(cuts.guest.work(), place);
     }
     println!("{action}: {} places, {reached} runs ended there", places.len());
     assert!(reached > 40);
@@ -180,7 +151,7 @@ fn killed_at_random_moments() {
         guest_is_unharmed(&mut cuts, Instant::now(), &place);
         points.push(next_run(&mut cuts, &before, &place));
     }
-    no_process_is_left(&cuts, "at the end");
+    no_process_is_left(cuts.guest.work(), "at the end");
     cuts.judge_all(&points);
     cuts.end();
 }

@@ -87,7 +87,8 @@ fn thaw() {
     let end = Instant::now() + THAW;
     while Instant::now() < end {
         say(stderr(), THAW_COMMAND);
-        if await_answer(stderr(), end.min(Instant::now() + THAW_AGAIN), thawed) {
+        // One that has gone will not come back on this connection.
+        if await_answer(stderr(), end.min(Instant::now() + THAW_AGAIN), thawed) != Answer::Silence {
             return;
         }
     }
@@ -122,26 +123,34 @@ fn say(to: BorrowedFd<'_>, mut bytes: &[u8]) {
     }
 }
 
-/// Reads until `enough`, the end of the stream, or `end`; tells whether it was enough.
-fn await_answer(from: BorrowedFd<'_>, end: Instant, enough: impl Fn(&[u8]) -> bool) -> bool {
+/// What came of waiting for an answer.
+#[derive(PartialEq)]
+enum Answer {
+    Heard,
+    Silence,
+    Gone,
+}
+
+/// Reads until `enough`, the end of the stream, or `end`.
+fn await_answer(from: BorrowedFd<'_>, end: Instant, enough: impl Fn(&[u8]) -> bool) -> Answer {
     let (mut heard, mut chunk) = (Vec::new(), [0u8; 4096]);
     while readable(from, Some(end.saturating_duration_since(Instant::now()))) {
         match read(from, &mut chunk) {
-            Ok(0) => return false,
+            Ok(0) => return Answer::Gone,
             Ok(more) => {
                 heard.extend_from_slice(chunk.get(..more).unwrap_or_default());
                 if enough(&heard) {
-                    return true;
+                    return Answer::Heard;
                 }
                 // The answer is the last thing said; a peer that talks on must not fill our memory.
                 let excess = heard.len().saturating_sub(1 << 16);
                 heard.drain(..excess);
             }
             Err(Errno::INTR | Errno::AGAIN) => {}
-            Err(_) => return false,
+            Err(_) => return Answer::Gone,
         }
     }
-    false
+    Answer::Silence
 }
 
 fn readable(fd: BorrowedFd<'_>, wait: Option<Duration>) -> bool {

@@ -96,6 +96,28 @@ pub fn backup_arguments(qmp: &Path, target: &Path, more: &[&str]) -> Vec<OsStrin
     arguments
 }
 
+/// No run below `work` is left, and no guard whose run is dead.
+pub fn no_process_is_left(work: &Path, place: &str) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let is_ours = |pid: &u32| {
+        let read = |what: &str| std::fs::read_to_string(format!("/proc/{pid}/{what}")).unwrap_or_default();
+        let line = read("cmdline").replace('\0', " ");
+        let run = line.contains("stillpoint backup") && line.contains(work.to_str().unwrap());
+        run || line.contains("--guard-the-guest") && read("status").lines().any(|line| line == "PPid:\t1")
+    };
+    loop {
+        let processes = std::fs::read_dir("/proc").unwrap();
+        let pids =
+            processes.filter_map(|entry| entry.ok()?.file_name().into_string().ok()?.parse::<u32>().ok());
+        let left: Vec<_> = pids.filter(is_ours).collect();
+        if left.is_empty() {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{place}: processes {left:?} are left");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
 /// Makes points while the guest writes, and checks each.
 pub struct Cuts<'a> {
     pub guest: &'a mut Guest,
