@@ -8,7 +8,8 @@
 //! * `STILLPOINT_FAILPOINT=NAME=ACTION` acts when that place is reached. `ACTION` is `kill` (SIGKILL to ourselves, which
 //!   nothing can clean up after), `term` (SIGTERM to ourselves, then on), or `stop` (SIGSTOP).
 //!
-//! A name is what the code calls the place and how often it was there: `qmp:blockdev-add#3`.
+//! A name is what the code calls the place and how often it was there: `qmp:blockdev-add#3`. `*#20` is the twentieth
+//! place of all.
 
 use rustix::process::{Signal, getpid, kill_process};
 use std::{
@@ -73,16 +74,19 @@ fn signal_at(name: &str) -> Option<Signal> {
     if plan.list.is_none() && plan.at.is_none() {
         return None;
     }
-    let count = {
+    let (count, place) = {
         let mut seen = plan.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = seen.entry(name.to_owned()).or_default();
-        *count = count.saturating_add(1);
-        *count
+        let mut count = |name: &str| {
+            let count = seen.entry(name.to_owned()).or_default();
+            *count = count.saturating_add(1);
+            *count
+        };
+        (count(name), count("*"))
     };
     let full = format!("{name}#{count}");
     if let Some(list) = &plan.list {
         let mut list = list.lock().unwrap_or_else(PoisonError::into_inner);
         let _ = writeln!(list, "{full}");
     }
-    plan.at.as_ref().filter(|(at, _)| *at == full).map(|(_, signal)| *signal)
+    plan.at.as_ref().filter(|(at, _)| *at == full || *at == format!("*#{place}")).map(|(_, signal)| *signal)
 }

@@ -47,6 +47,8 @@ pub enum ConfigRole {
     Guest,
     /// Firewall rules of the guest.
     Firewall,
+    /// State of the guest's TPM.
+    Tpm,
 }
 
 /// A file of the VM's configuration, stored as it is.

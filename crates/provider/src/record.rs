@@ -1,6 +1,7 @@
 //! What is known of a point, in the form in which every provider keeps it.
 
 use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
 use stillpoint_model::{DiskName, Granularity, Length, PointId, VmName};
 
 /// How a disk's dirty bitmap was used for a point. The words are Proxmox VE's.
@@ -42,6 +43,9 @@ pub struct DiskRecord {
     pub reason: String,
     /// Granularity of the bitmap, where there is one.
     pub granularity: Option<Granularity>,
+    /// The VM's own image on its host, for backing it up when the VM is off; `None` if QEMU did not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<PathBuf>,
 }
 
 /// One point: all disks of a VM at one instant.

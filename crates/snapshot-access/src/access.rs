@@ -40,6 +40,25 @@ pub struct DiskPlan {
     pub mode: ReadMode,
 }
 
+impl DiskPlan {
+    /// How its bitmap is used.
+    pub fn bitmap_mode(&self) -> BitmapMode {
+        match self.mode {
+            ReadMode::Since(_) => BitmapMode::Reuse,
+            ReadMode::Full { .. } if self.disk.takes_bitmaps => BitmapMode::New,
+            ReadMode::Full { .. } => BitmapMode::None,
+        }
+    }
+
+    /// The point that its data is relative to.
+    pub fn base(&self) -> Option<&Generation> {
+        match &self.mode {
+            ReadMode::Since(generation) => Some(generation),
+            ReadMode::Full { .. } => None,
+        }
+    }
+}
+
 /// What a run needs to know besides its disks.
 #[derive(Debug, Clone)]
 pub struct Settings {

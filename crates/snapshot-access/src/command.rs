@@ -3,6 +3,7 @@
 
 use crate::names::LISTENER;
 use serde_json::{Value, json};
+use std::path::Path;
 use stillpoint_model::{BitmapName, Granularity, NodeName};
 use stillpoint_qmp::Command;
 
@@ -93,9 +94,13 @@ pub(crate) fn close_listener() -> Command {
     Command::with("closefd", json!({"fdname": LISTENER}))
 }
 
-/// The clients are ours alone: one for the map and one for the data of each disk, and some to spare.
-pub(crate) fn start_server(disks: usize) -> Command {
-    let address = json!({"type": "fd", "data": {"str": LISTENER}});
+/// The clients are ours alone: one for the map and one for the data of each disk, and some to spare. Without a `path`
+/// the listener is the descriptor that was passed.
+pub(crate) fn start_server(disks: usize, path: Option<&Path>) -> Command {
+    let address = path.map_or_else(
+        || json!({"type": "fd", "data": {"str": LISTENER}}),
+        |path| json!({"type": "unix", "data": {"path": path}}),
+    );
     Command::with(
         "nbd-server-start",
         json!({"addr": address, "max-connections": disks.saturating_mul(2).saturating_add(2)}),

@@ -4,6 +4,7 @@ use crate::{
     command,
     error::{Error, ErrorKind, Result},
     names,
+    offline::OfflineDisk,
 };
 use serde::Deserialize;
 use serde_json::Value;
@@ -78,6 +79,11 @@ impl Disk {
             .map(|bitmap| (&bitmap.generation, bitmap.granularity))
     }
 
+    /// Whether there is any bitmap of ours for `target`, fit for use or not: proof that this disk has points there.
+    pub fn has_bitmap(&self, target: &TargetId) -> bool {
+        self.bitmaps.iter().any(|bitmap| bitmap.target == *target)
+    }
+
     /// Why a bitmap that is there for `target` cannot be relied on, if there is such a one.
     pub fn bitmap_fault(&self, target: &TargetId) -> Option<&'static str> {
         self.bitmaps.iter().filter(|bitmap| bitmap.target == *target).find_map(|bitmap| bitmap.fault)
@@ -109,6 +115,21 @@ struct Inserted {
     dirty_bitmaps: Vec<Bitmap>,
 }
 
+impl Inserted {
+    /// Whether the image can hold a bitmap: a qcow2 image of a version that has extensions.
+    fn keeps_bitmaps(&self) -> bool {
+        self.drv == "qcow2"
+            && self.image.format_specific.as_ref().and_then(|specific| specific.pointer("/data/compat"))
+                != Some(&Value::from("0.10"))
+    }
+
+    fn chain_bitmaps(&self) -> Result<Vec<ChainBitmap>> {
+        let keeps_bitmaps = self.keeps_bitmaps();
+        let bitmaps = self.dirty_bitmaps.iter();
+        bitmaps.filter_map(|bitmap| chain_bitmap(bitmap, keeps_bitmaps).transpose()).collect()
+    }
+}
+
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct Image {
@@ -126,6 +147,8 @@ struct Bitmap {
     busy: bool,
     #[serde(default)]
     inconsistent: bool,
+    #[serde(default)]
+    persistent: bool,
 }
 
 #[derive(Deserialize)]
@@ -166,6 +189,40 @@ impl Machine {
         Ok(machine)
     }
 
+    /// Looks at images that were opened without their VM: disks and the names of their nodes.
+    pub(crate) async fn inspect_offline(qmp: &Qmp, disks: &[(OfflineDisk, String)]) -> Result<Self> {
+        let nodes: Vec<Inserted> = ask(qmp, command::query_nodes()).await?;
+        let mut machine = Self {
+            qemu: qmp.version(),
+            name: None,
+            running: false,
+            status: "off".into(),
+            off: true,
+            disks: Vec::new(),
+            obstacles: Vec::new(),
+        };
+        for (disk, node) in disks {
+            let found =
+                nodes.iter().find(|found| found.node_name.as_ref().is_some_and(|name| name.as_str() == node));
+            let Some((node, found)) = found.and_then(|found| Some((found.node_name.clone()?, found))) else {
+                return Err(Error::new(ErrorKind::Inconsistent, format!("node {node} is not there")));
+            };
+            let keeps_bitmaps = found.keeps_bitmaps();
+            machine.disks.push(Disk {
+                name: disk.name.clone(),
+                front_end: String::new(),
+                node,
+                size: found.image.virtual_size,
+                format: found.drv.clone(),
+                image: Some(disk.image.clone()),
+                keeps_bitmaps,
+                takes_bitmaps: keeps_bitmaps && !found.ro,
+                bitmaps: found.chain_bitmaps()?,
+            });
+        }
+        Ok(machine)
+    }
+
     async fn refuse_what_others_do(&self, qmp: &Qmp) -> Result<()> {
         let migration: Value = ask(qmp, command::query_migrate()).await?;
         if let Some(state) = migration_under_way(&migration) {
@@ -189,7 +246,7 @@ impl Machine {
     }
 
     fn add(&mut self, block: Block) -> Result<()> {
-        // Without a front end the guest cannot write it: UEFI variables and the like.
+        // Without a front end the guest cannot write it.
         let Some(qdev) = block.qdev.filter(|_| !block.removable) else { return Ok(()) };
         let name = disk_name(&qdev, &block.device)?;
         let front_end = if qdev.starts_with('/') { qdev } else { format!("/machine/peripheral/{qdev}") };
@@ -197,20 +254,18 @@ impl Machine {
             self.obstacles.push((name, "its front end has no drive".into()));
             return Ok(());
         };
+        let (bitmaps, keeps_bitmaps) = (inserted.chain_bitmaps()?, inserted.keeps_bitmaps());
         let Some(node) = inserted.node_name else {
             self.obstacles.push((name, "QEMU tells no node name for it".into()));
             return Ok(());
         };
-        let mut bitmaps = Vec::new();
-        for bitmap in inserted.dirty_bitmaps {
-            bitmaps.extend(chain_bitmap(bitmap)?);
-        }
         if inserted.ro {
+            if is_flash(&front_end) {
+                // The firmware's code, which belongs to the host's packages.
+                return Ok(());
+            }
             self.obstacles.push((name.clone(), "it is read-only".into()));
         }
-        let keeps_bitmaps = inserted.drv == "qcow2"
-            && inserted.image.format_specific.as_ref().and_then(|specific| specific.pointer("/data/compat"))
-                != Some(&Value::from("0.10"));
         if self.disks.iter().any(|disk| disk.name == name) {
             return Err(refused(format!(
                 "two disks are called {name}; give their front ends ids of their own"
@@ -286,9 +341,9 @@ async fn uses_iothread(qmp: &Qmp, front_end: &str) -> Result<bool> {
     Ok(false)
 }
 
-fn chain_bitmap(bitmap: Bitmap) -> Result<Option<ChainBitmap>> {
-    let Some(name) = bitmap.name else { return Ok(None) };
-    let Some((target, generation)) = names::parse_chain_bitmap(&name) else { return Ok(None) };
+fn chain_bitmap(bitmap: &Bitmap, keeps_bitmaps: bool) -> Result<Option<ChainBitmap>> {
+    let Some(name) = &bitmap.name else { return Ok(None) };
+    let Some((target, generation)) = names::parse_chain_bitmap(name) else { return Ok(None) };
     let fault = if bitmap.inconsistent {
         Some("its bitmap is inconsistent: QEMU did not end cleanly")
     } else if bitmap.busy {
@@ -296,6 +351,9 @@ fn chain_bitmap(bitmap: Bitmap) -> Result<Option<ChainBitmap>> {
     } else if !bitmap.recording {
         // It may have missed writes while it was off, and nothing tells since when.
         Some("its bitmap was disabled by someone else")
+    } else if bitmap.persistent != keeps_bitmaps {
+        // We make them persistent wherever that is possible, so this one is not ours, whatever its name.
+        Some("its bitmap was made by someone else")
     } else {
         None
     };
@@ -311,11 +369,20 @@ fn chain_bitmap(bitmap: Bitmap) -> Result<Option<ChainBitmap>> {
     }))
 }
 
-/// The front end's id: `/machine/peripheral/ID/...` or the bare id. A front end without an id is named by its drive,
-/// which a legacy `-drive` always has.
+/// Where a machine keeps its firmware's flash; the one that can be written has the UEFI variables.
+const FLASH: &str = "/machine/system.flash";
+
+fn is_flash(front_end: &str) -> bool {
+    front_end.starts_with(FLASH)
+}
+
+/// The front end's id: `/machine/peripheral/ID/...` or the bare id; `pflashN` for the firmware's flash. A front end
+/// without an id is named by its drive, which a legacy `-drive` always has.
 fn disk_name(qdev: &str, device: &str) -> Result<DiskName> {
+    let flash = qdev.strip_prefix(FLASH).map(|number| format!("pflash{number}"));
     let id = match qdev.strip_prefix("/machine/peripheral/") {
         Some(rest) => rest.split('/').next().unwrap_or(rest),
+        None if flash.is_some() => flash.as_deref().unwrap_or_default(),
         None if !qdev.starts_with('/') => qdev,
         None if !device.is_empty() => device,
         None => {
@@ -359,6 +426,7 @@ mod test {
         assert_eq!(name("/machine/peripheral/vda/virtio-backend", "").unwrap(), "vda");
         assert_eq!(name("sd0", "").unwrap(), "sd0");
         assert_eq!(name("/machine/peripheral-anon/device[3]/virtio-backend", "virtio0").unwrap(), "virtio0");
+        assert_eq!(name("/machine/system.flash1", "").unwrap(), "pflash1");
         assert!(name("/machine/peripheral-anon/device[3]", "").is_err());
         assert!(name("/machine/peripheral/..", "").is_err());
         assert!(name("\u{1b}[2J", "").unwrap_err().to_string().chars().all(|c| !c.is_control()));

@@ -30,7 +30,7 @@ pub(crate) fn is_a_directory_of_ours(name: &str) -> bool {
 /// A listening socket in a directory of its own; both go away with it.
 #[derive(Debug)]
 pub(crate) struct Listener {
-    socket: UnixListener,
+    socket: Option<UnixListener>,
     directory: PathBuf,
 }
 
@@ -38,6 +38,19 @@ impl Listener {
     /// Binds a fresh socket in a directory of its own under `runtime` (which is created, 0700, if it is not there). The
     /// directory's name is told to `record` before there is one.
     pub(crate) fn bind(runtime: &Path, record: &mut dyn FnMut(Step) -> Result<()>) -> Result<Self> {
+        let mut listener = Self::for_another(runtime, record)?;
+        let path = listener.path();
+        let bound = UnixListener::bind(&path).and_then(|socket| {
+            std::fs::set_permissions(&path, Permissions::from_mode(0o600)).map(|()| socket)
+        });
+        let failed =
+            |error| Error::new(ErrorKind::Host, format!("listen on {}", path.display())).because(error);
+        listener.socket = Some(bound.map_err(failed)?);
+        Ok(listener)
+    }
+
+    /// The directory alone, for a program of our own that binds its socket itself.
+    pub(crate) fn for_another(runtime: &Path, record: &mut dyn FnMut(Step) -> Result<()>) -> Result<Self> {
         private_directory(runtime)?;
         let host = |doing: String| move |error: io::Error| Error::new(ErrorKind::Host, doing).because(error);
         let mut random = [0u8; 8];
@@ -50,23 +63,11 @@ impl Listener {
             .mode(0o700)
             .create(&directory)
             .map_err(host(format!("create directory {}", directory.display())))?;
-        let path = directory.join("socket");
-        let bound = UnixListener::bind(&path)
-            .and_then(|socket| {
-                std::fs::set_permissions(&path, Permissions::from_mode(0o600)).map(|()| socket)
-            })
-            .map_err(host(format!("listen on {}", path.display())));
-        match bound {
-            Ok(socket) => Ok(Self { socket, directory }),
-            Err(error) => {
-                let _ = std::fs::remove_dir_all(&directory);
-                Err(error)
-            }
-        }
+        Ok(Self { socket: None, directory })
     }
 
-    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+    pub(crate) fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.socket.as_ref().map(AsFd::as_fd)
     }
 
     pub(crate) fn path(&self) -> PathBuf {

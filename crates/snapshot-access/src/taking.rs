@@ -23,7 +23,6 @@ use crate::{
 use std::sync::{Arc, Mutex, atomic::AtomicU64};
 use stillpoint_model::{Granularity, NodeName};
 use stillpoint_nbd::{Client, MetaContext, Options};
-use stillpoint_provider::BitmapMode;
 use stillpoint_qmp::Qmp;
 use tokio::sync::watch;
 
@@ -168,11 +167,19 @@ impl Taking {
 
     /// First of all, since it is what most likely cannot be had.
     async fn start_server(&mut self, plan: &[DiskPlan], settings: &Settings) -> Result<()> {
-        let listener = Listener::bind(&settings.runtime_directory, &mut |step| self.steps.record(step))?;
-        let passed = self.qmp.execute_with_fd(command::get_listener(), listener.descriptor()).await;
-        passed.map_err(|error| qmp_error("hand the NBD listener to QEMU", error))?;
+        let mut record = |step| self.steps.record(step);
+        let listener = if self.off {
+            Listener::for_another(&settings.runtime_directory, &mut record)?
+        } else {
+            Listener::bind(&settings.runtime_directory, &mut record)?
+        };
+        if let Some(descriptor) = listener.descriptor() {
+            let passed = self.qmp.execute_with_fd(command::get_listener(), descriptor).await;
+            passed.map_err(|error| qmp_error("hand the NBD listener to QEMU", error))?;
+        }
         self.steps.record(Step::Server)?;
-        match self.qmp.execute(command::start_server(plan.len())).await {
+        let path = self.off.then(|| listener.path());
+        match self.qmp.execute(command::start_server(plan.len(), path.as_deref())).await {
             Ok(_) => {}
             Err(error) if error.desc().is_some_and(|desc| desc.contains("already running")) => {
                 return Err(refused(
@@ -210,7 +217,9 @@ impl Taking {
         };
         let new = names::chain_bitmap(&settings.target, &settings.point).map_err(named)?;
         let new = plan.disk.takes_bitmaps.then_some(new);
-        let ours = plan.disk.bitmaps.iter().filter(|bitmap| bitmap.target == settings.target);
+        // What cannot take a new bitmap, cannot drop an old one either: a template keeps the one that it has.
+        let writable = plan.disk.takes_bitmaps;
+        let ours = plan.disk.bitmaps.iter().filter(|bitmap| writable && bitmap.target == settings.target);
         let chain = ChainDisk {
             disk: plan.disk.name.clone(),
             node: plan.disk.node.clone(),
@@ -366,6 +375,7 @@ impl Taking {
         let mut modes = Vec::new();
         let mut chain = Vec::new();
         for ((plan, disk), (data, dirty)) in plan.into_iter().zip(self.disks).zip(opened.connections) {
+            modes.push((plan.bitmap_mode(), plan.base().cloned()));
             volumes.push(Arc::new(AccessVolume {
                 name: plan.disk.name,
                 size: plan.disk.size,
@@ -378,10 +388,6 @@ impl Taking {
                 read: AtomicU64::new(0),
                 passed: AtomicU64::new(0),
             }));
-            modes.push(match plan.mode {
-                ReadMode::Full { .. } => (BitmapMode::New, None),
-                ReadMode::Since(generation) => (BitmapMode::Reuse, Some(generation)),
-            });
             chain.push(disk.chain);
         }
         let tasks = if self.off { Vec::new() } else { vec![watch_migration(self.qmp.clone(), stop.clone())] };

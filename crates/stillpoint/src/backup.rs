@@ -2,26 +2,24 @@
 
 use crate::{
     config::Vm,
+    config_files::ConfigFiles,
     failure::{Exit, Failure, Guest},
     interrupt::Interrupt,
     progress::BackupProgress,
+    reach::ReachedVm,
     runtime,
     summary::{DiskSummary, Summary},
-    vm,
 };
+use std::path::Path;
 use std::time::{Duration, Instant};
 use stillpoint_model::{Granularity, Length, PointId, TargetId, VmName};
 use stillpoint_provider::{
-    Backup, BitmapMode, ConfigFile, ConfigRole, Consistency, DiskOffer, DiskRecord,
-    ErrorKind as ProviderErrorKind, Incremental, OfferedBitmap, PointRecord, Provider, VolumeReport,
+    Backup, BitmapMode, ConfigFile, Consistency, DiskOffer, DiskRecord, ErrorKind as ProviderErrorKind,
+    Incremental, OfferedBitmap, PointRecord, Provider, VolumeReport,
 };
-use stillpoint_qmp::Qmp;
 use stillpoint_snapshot_access::{
     Chain, Disk, DiskPlan, ErrorKind as AccessErrorKind, Machine, ReadMode, Settings, SnapshotAccess,
 };
-
-/// Configuration files are small; a wrong path must not fill memory.
-const CONFIG_FILE_MOST: u64 = 16 << 20;
 
 /// One backup to make.
 pub(crate) struct Job<'a> {
@@ -43,26 +41,24 @@ impl Job<'_> {
     /// # Errors
     /// Whatever failed, after everything was undone (unless the exit status says otherwise).
     pub(crate) async fn run(&self, interrupt: &Interrupt) -> Result<Summary, Failure> {
-        let locked = vm::lock(&self.vm.qmp).await?;
-        let qmp = locked.qmp.clone();
-        let again = format!("stillpoint recover --qmp {}", self.vm.qmp.display());
-        if vm::recover(&qmp, &again).await?.ended {
-            return Err(Failure::new(Exit::Failed, "the guest had powered itself off in an earlier run")
-                .guest(Guest::Ended)
-                .next("start the VM, then run the backup again"));
-        }
-        let machine = Machine::inspect(&qmp).await.map_err(|error| {
-            let exit =
-                if error.kind() == AccessErrorKind::LeftBehind { Exit::LeftBehind } else { Exit::Failed };
-            Failure::because(exit, "this VM cannot be backed up as it is", &error).guest(Guest::Untouched)
-        })?;
-        let name = self.vm_name(&machine)?;
-        let disks = self.disks(&name, &machine)?;
-        let config = self.config_files()?;
+        let vm = ReachedVm::reach(self.name.as_ref(), self.vm, self.provider).await?;
+        let made = self.of(&vm, interrupt).await;
+        let off = vm.machine.off;
+        vm.release().await;
+        made.map_err(|failure| if off { failure.of_a_vm_that_is_off() } else { failure })
+    }
+
+    async fn of(&self, vm: &ReachedVm, interrupt: &Interrupt) -> Result<Summary, Failure> {
+        let name = self.vm_name(&vm.machine)?;
+        let disks = self.disks(&name, &vm.machine)?;
+        let config = ConfigFiles::read(self.vm)?;
         let target = self.provider.job_init().await;
         let target = target.map_err(|error| provider_failure(&error, Guest::Untouched))?;
-        let run = Run { job: self, name, qmp, machine, target, recover: again };
-        let result = run.backup(disks, config, interrupt).await;
+        let run = Run { job: self, name, vm, target };
+        let result = match run.refuse_foreign(&disks) {
+            Ok(()) => run.backup(disks, config, interrupt).await,
+            Err(failure) => Err(failure),
+        };
         if let Err(error) = self.provider.job_cleanup().await {
             tracing::warn!(error = crate::failure::chain(&error), "the provider's clean-up failed");
         }
@@ -73,7 +69,7 @@ impl Job<'_> {
         if let Some(name) = &self.name {
             return Ok(name.clone());
         }
-        let hint = format!("stillpoint backup NAME --qmp {} ...", self.vm.qmp.display());
+        let hint = "stillpoint backup NAME, with the other arguments as they are";
         let Some(name) = &machine.name else {
             return Err(Failure::usage("QEMU has no name for this VM (-name)")
                 .guest(Guest::Untouched)
@@ -108,39 +104,6 @@ impl Job<'_> {
         }
         Ok(machine.disks.iter().filter(|disk| !excluded(&disk.name)).cloned().collect())
     }
-
-    fn config_files(&self) -> Result<Vec<ConfigFile>, Failure> {
-        let guest = self.vm.config.iter().map(|path| (path, ConfigRole::Guest));
-        let firewall = self.vm.firewall.iter().map(|path| (path, ConfigRole::Firewall));
-        let mut files: Vec<ConfigFile> = Vec::new();
-        for (path, role) in guest.chain(firewall) {
-            let failed = |error: &dyn std::error::Error| {
-                Failure::because(Exit::Failed, format!("cannot read {}", path.display()), error)
-                    .guest(Guest::Untouched)
-            };
-            let size = std::fs::metadata(path).map_err(|error| failed(&error))?.len();
-            if size > CONFIG_FILE_MOST {
-                return Err(Failure::usage(format!(
-                    "{} has {size} bytes; that is no configuration file",
-                    path.display()
-                ))
-                .guest(Guest::Untouched));
-            }
-            let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            let name: stillpoint_model::DiskName =
-                name.parse().map_err(|error: stillpoint_model::NameError| failed(&error))?;
-            if files.iter().any(|file| file.name == name) {
-                return Err(Failure::usage(format!("two configuration files are called {name}"))
-                    .guest(Guest::Untouched));
-            }
-            files.push(ConfigFile {
-                name,
-                role,
-                content: std::fs::read(path).map_err(|error| failed(&error))?,
-            });
-        }
-        Ok(files)
-    }
 }
 
 /// One disk with its fate decided.
@@ -152,17 +115,31 @@ struct Decided {
 struct Run<'a> {
     job: &'a Job<'a>,
     name: VmName,
-    qmp: Qmp,
-    machine: Machine,
+    vm: &'a ReachedVm,
     target: TargetId,
-    recover: String,
 }
 
 impl Run<'_> {
+    /// Images that only the target tells of are read only if they say themselves that they belong to it: whoever can
+    /// write there could have named any file of this host.
+    fn refuse_foreign(&self, disks: &[Disk]) -> Result<(), Failure> {
+        let foreign = disks.iter().find(|disk| self.vm.recorded && !disk.has_bitmap(&self.target));
+        let Some(disk) = foreign else { return Ok(()) };
+        let image = disk.image.as_deref().unwrap_or(Path::new("?")).display().to_string();
+        let what = format!(
+            "the VM is off, and its last point says that {image} is its disk {}; but that image has no bitmap of this target",
+            disk.name
+        );
+        Err(Failure::new(Exit::Failed, what).guest(Guest::Untouched).next(format!(
+            "if it is, name it: disks.{} = {{ image = \"...\", format = \"...\" }} under [vm.{}]",
+            disk.name, self.name
+        )))
+    }
+
     async fn backup(
         &self,
         disks: Vec<Disk>,
-        config: Vec<ConfigFile>,
+        config: ConfigFiles,
         interrupt: &Interrupt,
     ) -> Result<Summary, Failure> {
         let started = Instant::now();
@@ -172,7 +149,7 @@ impl Run<'_> {
         })?;
         let backup = self.job.provider.backup_init(&self.name, &point).await;
         let mut backup = backup.map_err(|error| provider_failure(&error, Guest::Untouched))?;
-        let made = self.make(backup.as_mut(), &point, disks, &config, interrupt).await;
+        let made = self.make(backup.as_mut(), &point, disks, config, interrupt).await;
         if let Err(error) = backup.backup_cleanup().await {
             tracing::warn!(error = crate::failure::chain(&error), "the target was not cleaned up");
         }
@@ -187,12 +164,12 @@ impl Run<'_> {
         backup: &mut dyn Backup,
         point: &PointId,
         disks: Vec<Disk>,
-        config: &[ConfigFile],
+        mut config: ConfigFiles,
         interrupt: &Interrupt,
     ) -> Result<Summary, Failure> {
         let decided = self.decide(backup, disks).await?;
         if decided.is_empty() {
-            return self.configuration_only(backup, point, config).await;
+            return self.configuration_only(backup, point, &config.files).await;
         }
         if interrupt.is_set() {
             return Err(interrupted(Guest::Untouched));
@@ -211,11 +188,12 @@ impl Run<'_> {
         };
         let plan = decided.iter().map(|disk| disk.plan.clone()).collect();
         stillpoint_failpoint::reached("decided");
-        let taken = SnapshotAccess::take(self.qmp.clone(), &self.machine, plan, settings).await;
+        let taken = SnapshotAccess::take(self.vm.qmp.clone(), &self.vm.machine, plan, settings).await;
         let mut access = taken.map_err(|error| self.access_failure(&error))?;
         stillpoint_failpoint::reached("taken");
+        let mut warnings = config.read_again();
 
-        let read = self.read(backup, &mut access, config, interrupt).await;
+        let read = self.read(backup, &mut access, &config.files, interrupt).await;
         let record = self.record(point, &decided, Some(&access));
         let states = access.disks();
         let freeze = access.freeze();
@@ -231,7 +209,6 @@ impl Run<'_> {
                 return Err(self.cleaned(failure, torn_down.err(), rolled_back));
             }
         };
-        let mut warnings = Vec::new();
         if self.commit(backup, &record, chain).await? {
             warnings
                 .push("the guest powered itself off during the backup; its QEMU was ended after it".into());
@@ -247,7 +224,7 @@ impl Run<'_> {
             warnings.push(format!(
                 "the point is good, but {}; type: {}",
                 crate::failure::chain(&error),
-                self.recover
+                self.vm.recover
             ));
             Length::ZERO
         });
@@ -274,6 +251,7 @@ impl Run<'_> {
             fleecing_peak_bytes: peak,
             disks: disks.collect(),
             provider: self.job.provider.name(),
+            off: self.vm.machine.off,
             record,
             duration_ms: 0,
         })
@@ -411,6 +389,7 @@ impl Run<'_> {
             fleecing_peak_bytes: Length::ZERO,
             disks: Vec::new(),
             provider: self.job.provider.name(),
+            off: self.vm.machine.off,
             record,
             duration_ms: 0,
         })
@@ -425,12 +404,12 @@ impl Run<'_> {
         let time = jiff::Timestamp::try_from(time).unwrap_or_default();
         let disk = |decided: &Decided| {
             let disk = &decided.plan.disk;
-            let (bitmap_mode, base, granularity) = match &decided.plan.mode {
-                ReadMode::Full { granularity } => (BitmapMode::New, None, *granularity),
+            let bitmap_mode = decided.plan.bitmap_mode();
+            let granularity = match &decided.plan.mode {
+                ReadMode::Full { granularity } => *granularity,
                 ReadMode::Since(generation) => {
                     let usable = disk.usable_bitmaps(&self.target).find(|(found, _)| *found == generation);
-                    let granularity = usable.map_or(Granularity::DEFAULT, |(_, granularity)| granularity);
-                    (BitmapMode::Reuse, Some(generation.clone()), granularity)
+                    usable.map_or(Granularity::DEFAULT, |(_, granularity)| granularity)
                 }
             };
             DiskRecord {
@@ -438,9 +417,10 @@ impl Run<'_> {
                 size: disk.size,
                 format: disk.format.clone(),
                 bitmap_mode,
-                base,
+                base: decided.plan.base().cloned(),
                 reason: decided.reason.clone(),
-                granularity: Some(granularity),
+                granularity: (bitmap_mode != BitmapMode::None).then_some(granularity),
+                image: disk.image.clone(),
             }
         };
         PointRecord {
@@ -450,7 +430,7 @@ impl Run<'_> {
             consistency,
             consistency_reason,
             pause_ms: access.map_or(0.0, |access| crate::text::milliseconds(access.instant().pause)),
-            qemu_version: self.machine.qemu.to_string(),
+            qemu_version: self.vm.machine.qemu.to_string(),
             stillpoint_version: env!("CARGO_PKG_VERSION").to_owned(),
             disks: decided.iter().map(disk).collect(),
         }
@@ -460,7 +440,7 @@ impl Run<'_> {
         if error.kind() == AccessErrorKind::LeftBehind {
             return Failure::because(Exit::LeftBehind, "no point was made", error)
                 .guest(Guest::LeftBehind)
-                .next(self.recover.clone());
+                .next(self.vm.recover.clone());
         }
         let what = format!("no point of VM {} was made", self.name);
         match error.kind() {
@@ -484,7 +464,7 @@ impl Run<'_> {
             (None, Ok(true)) => failure.guest(Guest::Ended),
             (Some(error), _) | (None, Err(error)) => {
                 let what = format!("{}; and {}", failure.what(), crate::failure::chain(&error));
-                Failure::new(Exit::LeftBehind, what).guest(Guest::LeftBehind).next(self.recover.clone())
+                Failure::new(Exit::LeftBehind, what).guest(Guest::LeftBehind).next(self.vm.recover.clone())
             }
         }
     }

@@ -10,7 +10,7 @@ use crate::{
     progress::BytesProgress,
     restore,
     text::{self, note, print},
-    vm,
+    vm::{self, Found},
 };
 use serde_json::json;
 use std::{io::IsTerminal as _, path::Path, sync::Arc, time::Instant};
@@ -112,7 +112,7 @@ fn prepare(path: &Path, arguments: &cli::Backup) -> Result<(Box<dyn Provider>, V
         // A VM of the configuration file keeps its files and excludes, whatever socket is named.
         let known = name.as_ref().and_then(|name| config.vm.get(name)).cloned();
         let mut vm = known.unwrap_or_else(|| Vm::at(socket.clone(), None));
-        vm.qmp.clone_from(socket);
+        vm.qmp = Some(socket.clone());
         if arguments.agent.is_some() {
             vm.agent.clone_from(&arguments.agent);
         }
@@ -256,10 +256,15 @@ async fn verify(path: &Path, arguments: &cli::Verify) -> Result<Exit, Failure> {
 async fn recover(path: &Path, arguments: &cli::Recover) -> Result<Exit, Failure> {
     let socket = match (&arguments.qmp, &arguments.vm) {
         (Some(socket), _) => socket.clone(),
-        (None, Some(name)) => Config::read(path)?.vm(name, path)?.qmp.clone(),
+        (None, Some(name)) => Config::read(path)?.vm(name, path)?.qmp.clone().ok_or_else(|| {
+            Failure::usage(format!("VM {name} has no `qmp` socket, so no run can have left anything in it"))
+        })?,
         (None, None) => return Err(Failure::usage("name a VM, or its socket with --qmp")),
     };
-    let vm = vm::lock(&socket).await?;
+    let vm = match vm::lock(&socket).await? {
+        Found::Running(vm) => vm,
+        Found::Absent(failure) => return Err(failure),
+    };
     let recovered = vm::recover(&vm.qmp, &format!("stillpoint recover --qmp {}", socket.display())).await?;
     let undone = recovered.undone.len();
     print(match (undone, recovered.ended) {

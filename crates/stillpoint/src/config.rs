@@ -9,6 +9,7 @@ use std::{
 use stillpoint_model::{DiskName, Length, VmName};
 use stillpoint_provider::Provider;
 use stillpoint_provider_directory::DirectoryProvider;
+use stillpoint_snapshot_access::OfflineDisk;
 
 /// Directory of fleecing images unless configured: on disk, unlike `/tmp`, and there on every Linux.
 const FLEECING_DIRECTORY: &str = "/var/tmp";
@@ -34,7 +35,10 @@ pub(crate) struct Config {
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(crate) struct Vm {
     /// Its monitor's socket.
-    pub qmp: PathBuf,
+    pub qmp: Option<PathBuf>,
+    /// Its images by disk, for when it is off.
+    #[serde(default)]
+    pub disks: BTreeMap<DiskName, DiskImage>,
     /// Its guest agent's socket.
     pub agent: Option<PathBuf>,
     /// Seconds that the agent may take to freeze the file systems.
@@ -45,6 +49,8 @@ pub(crate) struct Vm {
     pub config: Vec<PathBuf>,
     /// Its firewall rules, stored likewise.
     pub firewall: Option<PathBuf>,
+    /// File with the state of its TPM (swtpm's `tpm2-00.permall`), stored likewise.
+    pub tpm: Option<PathBuf>,
     /// Disks that are left out.
     #[serde(default)]
     pub exclude: Vec<DiskName>,
@@ -57,15 +63,37 @@ impl Vm {
     /// A VM that is only known by its monitor's socket.
     pub(crate) fn at(qmp: PathBuf, agent: Option<PathBuf>) -> Self {
         Self {
-            qmp,
+            qmp: Some(qmp),
+            disks: BTreeMap::new(),
             agent,
             freeze_timeout: FREEZE_TIMEOUT,
             config: Vec::new(),
             firewall: None,
+            tpm: None,
             exclude: Vec::new(),
             fleecing: Fleecing::default(),
         }
     }
+
+    /// Its images, for when it is off.
+    pub(crate) fn offline_disks(&self) -> Vec<OfflineDisk> {
+        let disk = |(name, disk): (&DiskName, &DiskImage)| OfflineDisk {
+            name: name.clone(),
+            image: disk.image.clone(),
+            format: disk.format.clone(),
+        };
+        self.disks.iter().map(disk).collect()
+    }
+}
+
+/// The image of a disk.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct DiskImage {
+    /// File or block device.
+    pub image: PathBuf,
+    /// QEMU's name for its format. It is never guessed, since a guest decides what a raw disk looks like.
+    pub format: String,
 }
 
 /// Fleecing.
@@ -246,7 +274,9 @@ mod test {
             agent = "/run/vms/web01.qga"
             config = ["/etc/vms/web01.conf"]
             firewall = "/etc/vms/web01.fw"
+            tpm = "/var/lib/swtpm/web01/tpm2-00.permall"
             exclude = ["scratch"]
+            disks = { vda = { image = "/var/lib/vms/web01.qcow2", format = "qcow2" } }
             fleecing = { directory = "/var/lib/stillpoint", budget = "20GiB" }
             [target.main]
             provider = "directory"

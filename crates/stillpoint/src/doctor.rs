@@ -72,15 +72,42 @@ pub(crate) async fn run(path: &Path, arguments: &cli::Doctor) -> Result<Exit, Fa
 }
 
 async fn look_at_vm(name: &str, vm: &Vm, report: &mut Report) {
-    let qmp = match vm::connect(&vm.qmp).await {
+    match &vm.qmp {
+        Some(socket) if socket.exists() || vm.disks.is_empty() => {
+            look_at_qemu(name, socket, vm, report).await
+        }
+        None if vm.disks.is_empty() => report.bad("it has neither `qmp` nor `disks`", None),
+        _ => look_at_images(vm, report),
+    }
+    look_at_fleecing(name, vm, report);
+    for file in vm.config.iter().chain(&vm.firewall).chain(&vm.tpm) {
+        if let Err(error) = std::fs::metadata(file) {
+            report.bad(format!("file {}: {error}", file.display()), None);
+        }
+    }
+}
+
+/// Of a VM that is off.
+fn look_at_images(vm: &Vm, report: &mut Report) {
+    for (disk, image) in &vm.disks {
+        let path = image.image.display();
+        match std::fs::metadata(&image.image) {
+            Ok(_) => report.good(format!("the VM is off; disk {disk} is {path} ({})", image.format)),
+            Err(error) => report.bad(format!("the VM is off; disk {disk}: {path}: {error}"), None),
+        }
+    }
+}
+
+async fn look_at_qemu(name: &str, socket: &Path, vm: &Vm, report: &mut Report) {
+    let qmp = match vm::connect(socket).await {
         Ok(qmp) => qmp,
         Err(failure) => return report.failure(&failure),
     };
-    report.good(format!("monitor at {} answers, QEMU {}", vm.qmp.display(), qmp.version()));
+    report.good(format!("monitor at {} answers, QEMU {}", socket.display(), qmp.version()));
     match LeftOvers::find(&qmp, &runtime::directory()).await {
         Ok(found) if found.is_empty() => report.good("no earlier run left anything in it"),
         Ok(found) => {
-            let next = format!("stillpoint recover --qmp {}", vm.qmp.display());
+            let next = format!("stillpoint recover --qmp {}", socket.display());
             report.bad(format!("an earlier run left: {}", found.describe().join(", ")), Some(&next));
         }
         Err(error) => report.bad(crate::failure::chain(&error), None),
@@ -104,6 +131,9 @@ async fn look_at_vm(name: &str, vm: &Vm, report: &mut Report) {
             report.bad(format!("disk {disk}: {why}"), Some(&next));
         }
     }
+}
+
+fn look_at_fleecing(name: &str, vm: &Vm, report: &mut Report) {
     let fleecing = &vm.fleecing.directory;
     match rustix::fs::statvfs(fleecing) {
         Ok(system) => {
@@ -123,11 +153,6 @@ async fn look_at_vm(name: &str, vm: &Vm, report: &mut Report) {
                 format!("no directory {} for fleecing images: {error}", fleecing.display()),
                 Some(&next),
             );
-        }
-    }
-    for file in vm.config.iter().chain(&vm.firewall) {
-        if let Err(error) = std::fs::metadata(file) {
-            report.bad(format!("configuration file {}: {error}", file.display()), None);
         }
     }
 }

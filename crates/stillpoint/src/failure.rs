@@ -61,6 +61,8 @@ pub enum Guest {
     LeftBehind,
     /// Its QEMU has ended while the run went on.
     Ended,
+    /// The VM is off, and its images were read without it.
+    Off,
 }
 
 /// A failure, told to a person.
@@ -104,6 +106,17 @@ impl Failure {
         if self.guest == Guest::NotConcerned { self.guest(Guest::Untouched) } else { self }
     }
 
+    /// Says that the VM was off all the time.
+    #[must_use]
+    pub(crate) fn of_a_vm_that_is_off(mut self) -> Self {
+        self.guest = Guest::Off;
+        if self.exit == Exit::LeftBehind {
+            // Images that are closed hold nothing but bitmaps, which the next run sees to.
+            self.exit = Exit::Failed;
+        }
+        self
+    }
+
     /// Says what to type or do next.
     #[must_use]
     pub fn next(mut self, next: impl Into<String>) -> Self {
@@ -125,6 +138,7 @@ impl fmt::Display for Failure {
             Guest::Untouched => Some("was not touched"),
             Guest::Unharmed => Some("runs on as before; nothing of this run is left in it"),
             Guest::LeftBehind => Some("runs, but parts of this run are still in its VM"),
+            Guest::Off => Some("is off, and its images are as they were"),
             Guest::Ended => Some("has ended with its QEMU, not by this run; nothing is left of this run"),
         };
         if let Some(guest) = guest {

@@ -13,10 +13,12 @@ mod backup;
 mod cli;
 mod commands;
 mod config;
+mod config_files;
 mod doctor;
 mod failure;
 mod interrupt;
 mod progress;
+mod reach;
 mod restore;
 mod runtime;
 mod summary;
@@ -26,7 +28,10 @@ mod vm;
 pub use cli::Cli;
 pub use commands::run;
 pub use failure::{Exit, Failure};
-pub use stillpoint_snapshot_access::run_guard;
+pub use stillpoint_snapshot_access::{run_guard, run_with_parent};
 
 /// The first argument of the process that guards a guest: see [`run_guard`].
 pub const GUARD: &str = "--guard-the-guest";
+
+/// The first argument of a program of ours that is to end with us: see [`run_with_parent`].
+pub const WITH_PARENT: &str = "--end-with-parent";

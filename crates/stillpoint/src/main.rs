@@ -16,6 +16,14 @@ fn main() -> ExitCode {
             }
         };
     }
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == stillpoint::WITH_PARENT) {
+        let arguments: Vec<_> = std::env::args_os().skip(2).collect();
+        match stillpoint::run_with_parent(&arguments) {
+            Some(error) => eprintln!("{error}"),
+            None => eprintln!("error: {} is for Stillpoint itself to start", stillpoint::WITH_PARENT),
+        }
+        return Exit::Usage.into();
+    }
     // The parser quotes what it refuses as it came, and a terminal would take it for commands.
     if let Some(argument) =
         std::env::args_os().find(|argument| argument.to_string_lossy().chars().any(char::is_control))

@@ -34,6 +34,8 @@ pub(crate) struct Summary {
     pub warnings: Vec<String>,
     /// The point.
     pub record: PointRecord,
+    /// Whether the VM was off.
+    pub off: bool,
     /// Where it is.
     pub provider: String,
     /// How long the guest's file systems were frozen.
@@ -114,6 +116,8 @@ impl fmt::Display for Summary {
         };
         if self.disks.is_empty() {
             writeln!(f, "  the VM has no disk; the point holds its configuration")?;
+        } else if self.off {
+            writeln!(f, "  the VM is off; its images were read by themselves")?;
         } else {
             writeln!(
                 f,

@@ -11,20 +11,41 @@ use stillpoint_snapshot_access::{ErrorKind as AccessErrorKind, LeftOvers, RunLoc
 /// The right to work on a VM, and its monitor.
 pub(crate) struct LockedVm {
     pub qmp: Qmp,
-    _locks: [RunLock; 2],
+    _by_socket: Option<RunLock>,
+    _by_qemu: RunLock,
+}
+
+/// What is behind a monitor's socket.
+pub(crate) enum Found {
+    /// A QEMU, locked.
+    Running(LockedVm),
+    /// Nothing, and the words for that.
+    Absent(Failure),
 }
 
 /// Takes the locks of a VM, connects to its monitor, and clears away what runs that are over left on this host.
 ///
 /// # Errors
-/// Exit status 4 if another run holds a lock; as [`connect`].
-pub(crate) async fn lock(socket: &Path) -> Result<LockedVm, Failure> {
+/// Exit status 4 if another run holds a lock; as [`connect`], but for a socket with nobody behind it.
+pub(crate) async fn lock(socket: &Path) -> Result<Found, Failure> {
     let runtime = runtime::directory();
-    let by_socket = RunLock::of_socket(&runtime, socket).map_err(|error| lock_failure(&error))?;
-    let qmp = connect(socket).await?;
+    let by_socket = if socket.exists() {
+        Some(RunLock::of_socket(&runtime, socket).map_err(|error| lock_failure(&error))?)
+    } else {
+        // Nothing to lock; connecting says so.
+        None
+    };
+    let qmp = match Qmp::connect(socket, Deadlines::default()).await {
+        Ok(qmp) => qmp,
+        Err(error) => {
+            let failure = monitor_failure(socket, &error);
+            let absent = matches!(error.kind(), QmpErrorKind::NoSocket | QmpErrorKind::Refused);
+            return if absent { Ok(Found::Absent(failure)) } else { Err(failure) };
+        }
+    };
     let by_qemu = RunLock::of_qemu(&runtime, &qmp).map_err(|error| lock_failure(&error))?;
     stillpoint_snapshot_access::sweep(&runtime);
-    Ok(LockedVm { qmp, _locks: [by_socket, by_qemu] })
+    Ok(Found::Running(LockedVm { qmp, _by_socket: by_socket, _by_qemu: by_qemu }))
 }
 
 /// The words for a lock that cannot be had.
@@ -42,20 +63,23 @@ pub(crate) fn lock_failure(error: &stillpoint_snapshot_access::Error) -> Failure
 /// # Errors
 /// With what to do about it: no socket, nobody behind it, another client, not QEMU.
 pub(crate) async fn connect(socket: &Path) -> Result<Qmp, Failure> {
-    Qmp::connect(socket, Deadlines::default()).await.map_err(|error| {
-        let next = match error.kind() {
-            QmpErrorKind::NoSocket => {
-                "start QEMU with -qmp unix:PATH,server=on,wait=off, and name that path".to_owned()
-            }
-            QmpErrorKind::Refused => "check that this VM runs; its socket is there but QEMU is not".to_owned(),
-            QmpErrorKind::Permission => "run as root, or as the user that QEMU runs as".to_owned(),
-            QmpErrorKind::Busy => {
-                "QEMU serves one client a monitor: give it a second -qmp socket for Stillpoint, or end the other client".to_owned()
-            }
-            _ => format!("check that {} is a QMP monitor's socket", socket.display()),
-        };
-        Failure::because(Exit::Failed, format!("no monitor at {}", socket.display()), &error).guest(Guest::Untouched).next(next)
-    })
+    Qmp::connect(socket, Deadlines::default()).await.map_err(|error| monitor_failure(socket, &error))
+}
+
+fn monitor_failure(socket: &Path, error: &stillpoint_qmp::Error) -> Failure {
+    let next = match error.kind() {
+        QmpErrorKind::NoSocket => {
+            "start QEMU with -qmp unix:PATH,server=on,wait=off, and name that path".to_owned()
+        }
+        QmpErrorKind::Refused => "check that this VM runs; its socket is there but QEMU is not".to_owned(),
+        QmpErrorKind::Permission => "run as root, or as the user that QEMU runs as".to_owned(),
+        QmpErrorKind::Busy => {
+            "QEMU serves one client a monitor: give it a second -qmp socket for Stillpoint, or end the other client".to_owned()
+        }
+        _ => format!("check that {} is a QMP monitor's socket", socket.display()),
+    };
+    let what = format!("no monitor at {}", socket.display());
+    Failure::because(Exit::Failed, what, error).guest(Guest::Untouched).next(next)
 }
 
 /// What there was to undo.

@@ -156,7 +156,7 @@ fn the_fleecing_images_exceed_their_budget() {
 #[test]
 fn the_fleecing_storage_is_slow() {
     let mut guest = guest();
-    let Some(slow) = Mounted::fuse(guest.work(), &["--write-rate=300k"]) else { return };
+    let Some(slow) = Mounted::fuse(guest.work(), &["--write-rate=100k"]) else { return };
     let mut cuts = Cuts::start(&mut guest, DISKS.to_vec(), 53);
     let first = cuts.cut(&[]);
     let timeout = Duration::from_secs(3);

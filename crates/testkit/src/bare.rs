@@ -136,6 +136,31 @@ impl BareMachine {
         Ok(status.get("status").and_then(Value::as_str).unwrap_or_default().to_owned())
     }
 
+    /// Ends QEMU as a host's power cut would, but that what it wrote to files stays.
+    ///
+    /// # Errors
+    /// If it cannot be killed.
+    pub fn kill(&mut self) -> Result<()> {
+        self.own = None;
+        let mut child = self.child.take().context("QEMU has ended")?;
+        child.kill()?;
+        child.wait()?;
+        Ok(())
+    }
+
+    /// Does what a guest's driver would on virtio disk `disk`: a command of `qemu-io`, such as `write -P 7 0 64k`.
+    ///
+    /// # Errors
+    /// If the disk answers with an error.
+    pub fn disk_io(&mut self, disk: &str, command: &str) -> Result<()> {
+        let line = format!("qemu-io -d /machine/peripheral/{disk}/virtio-backend \"{command}\"");
+        let said = self.execute("human-monitor-command", json!({"command-line": line}))?;
+        let said = said.as_str().unwrap_or_default();
+        let failed = ["failed", "rror", "nvalid", "not "].iter().any(|sign| said.contains(sign));
+        ensure!(!failed, "{command} on {disk}: {said}");
+        Ok(())
+    }
+
     /// Ends QEMU in order.
     ///
     /// # Errors

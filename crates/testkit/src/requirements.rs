@@ -6,7 +6,7 @@ use crate::kernel::{kernel_is_cached, run};
 use anyhow::{Context as _, Result, bail};
 use std::{fs, path::Path, process::Command};
 
-/// A program that some test runs.
+/// A program, or a file by its path, that some test needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Requirement {
     /// Its name.
@@ -30,6 +30,7 @@ pub const REQUIREMENTS: &[Requirement] = &[
     needs("nbdcopy", "libnbd-bin", "reads an export as others do"),
     needs("nbdinfo", "libnbd-bin", "reads a bitmap as others do"),
     needs("bindfs", "bindfs", "storage that can be made slow or stuck"),
+    needs("/usr/share/OVMF/OVMF_VARS_4M.fd", "ovmf", "firmware that writes UEFI variables"),
     needs("busybox", "busybox-static", "the guest's user land"),
     needs("dpkg-deb", "dpkg", "unpacks the guest's kernel"),
     needs("xz", "xz-utils", "unpacks the guest's drivers"),

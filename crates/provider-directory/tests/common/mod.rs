@@ -248,6 +248,7 @@ impl Vm {
             },
             reason: "test".to_owned(),
             granularity: Some(disk.granularity),
+            image: None,
         };
         PointRecord {
             vm: self.name.clone(),

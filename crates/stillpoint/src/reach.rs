@@ -1,0 +1,140 @@
+//! Getting hold of a VM for a backup, whether it runs or is off.
+
+use crate::{
+    config::Vm,
+    failure::{Exit, Failure, Guest},
+    runtime, text,
+    vm::{self, Found, LockedVm},
+};
+use std::{ffi::OsString, path::Path};
+use stillpoint_model::VmName;
+use stillpoint_provider::{PointRecord, Provider};
+use stillpoint_qmp::Qmp;
+use stillpoint_snapshot_access::{
+    ErrorKind as AccessErrorKind, Machine, OfflineDisk, OfflineImages, RunLock,
+};
+
+/// A VM in our hands; to be [released](Self::release) on every way out.
+pub(crate) struct ReachedVm {
+    /// The monitor of its QEMU, or of the daemon that holds its images.
+    pub qmp: Qmp,
+    /// What there is.
+    pub machine: Machine,
+    /// What to type if something is left in it.
+    pub recover: String,
+    /// Whether its images are those that the last point recorded, which only their bitmaps prove to be its own.
+    pub recorded: bool,
+    images: Option<OfflineImages>,
+    _running: Option<LockedVm>,
+    _off: Vec<RunLock>,
+}
+
+impl ReachedVm {
+    /// Locks it, undoes what an earlier run left, and looks at it. A VM that is off is known by its configuration or by
+    /// its last point in `provider`.
+    ///
+    /// # Errors
+    /// Exit status 4 if another run works on it; with what to do if it can be reached neither way.
+    pub(crate) async fn reach(
+        name: Option<&VmName>,
+        vm: &Vm,
+        provider: &dyn Provider,
+    ) -> Result<Self, Failure> {
+        let absent = match &vm.qmp {
+            Some(socket) => match vm::lock(socket).await? {
+                Found::Running(locked) => return Self::running(locked, socket).await,
+                Found::Absent(failure) => failure,
+            },
+            None => Failure::usage("nothing tells where this VM is").next("give it `qmp` or `disks`"),
+        };
+        if !vm.disks.is_empty() {
+            return Self::off(name, vm, &vm.offline_disks(), false).await;
+        }
+        let Some(name) = name else { return Err(absent) };
+        let Some(record) = last_point(provider, name).await else { return Err(absent) };
+        match recorded_disks(&record, vm) {
+            Ok(disks) => Self::off(Some(name), vm, &disks, true).await,
+            Err(why) => Err(absent.next(why)),
+        }
+    }
+
+    async fn running(locked: LockedVm, socket: &Path) -> Result<Self, Failure> {
+        let qmp = locked.qmp.clone();
+        let recover = format!("stillpoint recover --qmp {}", socket.display());
+        if vm::recover(&qmp, &recover).await?.ended {
+            return Err(Failure::new(Exit::Failed, "the guest had powered itself off in an earlier run")
+                .guest(Guest::Ended)
+                .next("start the VM, then run the backup again"));
+        }
+        let machine = Machine::inspect(&qmp).await.map_err(|error| {
+            let exit =
+                if error.kind() == AccessErrorKind::LeftBehind { Exit::LeftBehind } else { Exit::Failed };
+            Failure::because(exit, "this VM cannot be backed up as it is", &error).guest(Guest::Untouched)
+        })?;
+        let (images, recorded) = (None, false);
+        Ok(Self { qmp, machine, recover, recorded, images, _running: Some(locked), _off: Vec::new() })
+    }
+
+    async fn off(
+        name: Option<&VmName>,
+        vm: &Vm,
+        disks: &[OfflineDisk],
+        recorded: bool,
+    ) -> Result<Self, Failure> {
+        let runtime = runtime::directory();
+        let excluded = |disk: &&OfflineDisk| !vm.exclude.contains(&disk.name);
+        let disks: Vec<_> = disks.iter().filter(excluded).cloned().collect();
+        let mut locks = Vec::new();
+        for disk in &disks {
+            let lock = RunLock::of_image(&runtime, &disk.image);
+            locks.push(lock.map_err(|error| vm::lock_failure(&error))?);
+        }
+        stillpoint_snapshot_access::sweep(&runtime);
+        let launcher: [OsString; 2] = ["/proc/self/exe".into(), crate::WITH_PARENT.into()];
+        let opened = OfflineImages::open(&runtime, &launcher, &disks).await;
+        let (images, machine) = opened.map_err(|error| {
+            let what = "no QEMU answers for this VM, and its images cannot be read without one";
+            Failure::because(Exit::Failed, what, &error)
+                .guest(Guest::Untouched)
+                .next("if the VM runs, check its `qmp` socket; if it is off, check the images under `disks`")
+        })?;
+        let name = name.map_or("the VM", VmName::as_str);
+        text::note(format!("{name} is off; its images are read by themselves"));
+        let recover = "stillpoint backup, again".to_owned();
+        let qmp = images.qmp.clone();
+        Ok(Self { qmp, machine, recover, recorded, images: Some(images), _running: None, _off: locks })
+    }
+
+    /// Lets go of it.
+    pub(crate) async fn release(self) {
+        if let Some(images) = self.images {
+            images.close().await;
+        }
+    }
+}
+
+async fn last_point(provider: &dyn Provider, name: &VmName) -> Option<PointRecord> {
+    let points = provider.points(Some(name)).await.ok()?;
+    let readable = points.into_iter().filter(|point| point.record.is_some());
+    readable.max_by_key(|point| point.sequence)?.record
+}
+
+fn recorded_disks(record: &PointRecord, vm: &Vm) -> Result<Vec<OfflineDisk>, String> {
+    let disks = record.disks.iter().filter(|disk| !vm.exclude.contains(&disk.name));
+    disks
+        .map(|disk| {
+            let why = |what: &str| {
+                format!(
+                    "if this VM is off: its last point does not tell {what} of disk {}; name it under `disks`",
+                    disk.name
+                )
+            };
+            let image = disk.image.clone().ok_or_else(|| why("the image"))?;
+            // What the target says is believed only where the image itself bears it out, by a bitmap of ours.
+            if disk.format != "qcow2" {
+                return Err(why(&format!("for certain the image (a {} one)", disk.format.escape_debug())));
+            }
+            Ok(OfflineDisk { name: disk.name.clone(), image, format: disk.format.clone() })
+        })
+        .collect()
+}
