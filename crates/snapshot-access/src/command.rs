@@ -137,6 +137,8 @@ pub(crate) fn add_filter(
             "target": fleecing,
             "on-cbw-error": "break-snapshot",
             "cbw-timeout": timeout_seconds,
+            // Else QEMU drops the guest's discards while the filter is there; whether the disk takes them is its own.
+            "discard": "unmap",
         }),
     )
 }
