@@ -241,16 +241,24 @@ fn answer(directory: &Directory, found: &[target::Found], offer: &DiskOffer) -> 
     let full = |reason: String| Incremental::Full { granularity: None, reason };
     let mut why_not = None;
     for point in found.iter().rev() {
-        if !offer.bitmaps.iter().any(|bitmap| bitmap.generation == point.id) {
-            continue;
-        }
+        let offered = offer.bitmaps.iter().find(|bitmap| bitmap.generation == point.id);
+        let Some(offered) = offered else { continue };
         let chain = match &point.manifest {
             Ok(manifest) => {
                 Chain::open(directory, manifest, &offer.name).map_err(|error| in_one_line(&error))
             }
             Err(error) => Err(in_one_line(error)),
         };
+        let recorded = point.manifest.as_ref().ok().and_then(|manifest| {
+            let disk = manifest.point.disks.iter().find(|disk| disk.name == offer.name)?;
+            disk.granularity
+        });
         match chain {
+            // Then it is not the one that was made for this point.
+            Ok(_) if recorded != Some(offered.granularity) => {
+                why_not
+                    .get_or_insert(format!("its bitmap is not the one that was made for point {}", point.id));
+            }
             Ok(chain) if chain.size() == offer.size => return Incremental::Since(point.id.clone()),
             Ok(chain) => {
                 why_not.get_or_insert(format!("size changed from {} to {} bytes", chain.size(), offer.size));

@@ -123,10 +123,10 @@ impl Inserted {
                 != Some(&Value::from("0.10"))
     }
 
-    fn chain_bitmaps(&self) -> Result<Vec<ChainBitmap>> {
+    fn chain_bitmaps(&self, disk: &DiskName) -> Result<Vec<ChainBitmap>> {
         let keeps_bitmaps = self.keeps_bitmaps();
         let bitmaps = self.dirty_bitmaps.iter();
-        bitmaps.filter_map(|bitmap| chain_bitmap(bitmap, keeps_bitmaps).transpose()).collect()
+        bitmaps.filter_map(|bitmap| chain_bitmap(bitmap, disk, keeps_bitmaps).transpose()).collect()
     }
 }
 
@@ -217,7 +217,7 @@ impl Machine {
                 image: Some(disk.image.clone()),
                 keeps_bitmaps,
                 takes_bitmaps: keeps_bitmaps && !found.ro,
-                bitmaps: found.chain_bitmaps()?,
+                bitmaps: found.chain_bitmaps(&disk.name)?,
             });
         }
         Ok(machine)
@@ -254,7 +254,7 @@ impl Machine {
             self.obstacles.push((name, "its front end has no drive".into()));
             return Ok(());
         };
-        let (bitmaps, keeps_bitmaps) = (inserted.chain_bitmaps()?, inserted.keeps_bitmaps());
+        let (bitmaps, keeps_bitmaps) = (inserted.chain_bitmaps(&name)?, inserted.keeps_bitmaps());
         let Some(node) = inserted.node_name else {
             self.obstacles.push((name, "QEMU tells no node name for it".into()));
             return Ok(());
@@ -341,10 +341,15 @@ async fn uses_iothread(qmp: &Qmp, front_end: &str) -> Result<bool> {
     Ok(false)
 }
 
-fn chain_bitmap(bitmap: &Bitmap, keeps_bitmaps: bool) -> Result<Option<ChainBitmap>> {
+/// What is wrong with a bitmap that has a name of ours and is not ours.
+pub(crate) const FOREIGN: &str = "its bitmap was made by someone else";
+
+fn chain_bitmap(bitmap: &Bitmap, disk: &DiskName, keeps_bitmaps: bool) -> Result<Option<ChainBitmap>> {
     let Some(name) = &bitmap.name else { return Ok(None) };
-    let Some((target, generation)) = names::parse_chain_bitmap(name) else { return Ok(None) };
-    let fault = if bitmap.inconsistent {
+    let Some((target, generation, of_disk)) = names::parse_chain_bitmap(name) else { return Ok(None) };
+    let fault = if of_disk != *disk {
+        Some("its image was another disk's when the bitmap was made")
+    } else if bitmap.inconsistent {
         Some("its bitmap is inconsistent: QEMU did not end cleanly")
     } else if bitmap.busy {
         Some("its bitmap is in use by something else")
@@ -353,7 +358,7 @@ fn chain_bitmap(bitmap: &Bitmap, keeps_bitmaps: bool) -> Result<Option<ChainBitm
         Some("its bitmap was disabled by someone else")
     } else if bitmap.persistent != keeps_bitmaps {
         // We make them persistent wherever that is possible, so this one is not ours, whatever its name.
-        Some("its bitmap was made by someone else")
+        Some(FOREIGN)
     } else {
         None
     };

@@ -8,10 +8,10 @@
 //!  stillpoint-fd-0        fd set     (its `opaque`)
 //!  stillpoint-listener    descriptor (named by `getfd`)
 //!  stillpoint-read        bitmap     what this run reads of a disk, frozen; never stored
-//!  stillpoint.TARGET.POINT  bitmap   what changed since POINT was kept in TARGET
+//!  stillpoint.TARGET.POINT.DISK  bitmap   what changed on DISK since POINT was kept in TARGET
 //! ```
 
-use stillpoint_model::{BitmapName, Generation, NameError, NodeName, TargetId};
+use stillpoint_model::{BitmapName, DiskName, Generation, NameError, NodeName, TargetId};
 
 /// Every node, export and descriptor of ours begins so, and no bitmap that outlives a run does.
 pub(crate) const PREFIX: &str = "stillpoint-";
@@ -50,15 +50,21 @@ pub(crate) fn is_ours(name: &str) -> bool {
     name.starts_with(PREFIX)
 }
 
-/// The bitmap that records what changes after `generation` was kept in `target`.
-pub(crate) fn chain_bitmap(target: &TargetId, generation: &Generation) -> Result<BitmapName, NameError> {
-    format!("{CHAIN_PREFIX}{target}.{generation}").parse()
+/// The bitmap that records what changes on `disk` after `generation` was kept in `target`. The disk is named, since a
+/// point's generation is that of all its disks, and their images may change places.
+pub(crate) fn chain_bitmap(
+    target: &TargetId,
+    generation: &Generation,
+    disk: &DiskName,
+) -> Result<BitmapName, NameError> {
+    format!("{CHAIN_PREFIX}{target}.{generation}.{disk}").parse()
 }
 
-/// Target and generation of a bitmap of ours; `None` for anybody else's.
-pub(crate) fn parse_chain_bitmap(name: &str) -> Option<(TargetId, Generation)> {
-    let (target, generation) = name.strip_prefix(CHAIN_PREFIX)?.split_once('.')?;
-    Some((target.parse().ok()?, generation.parse().ok()?))
+/// Target, generation and disk of a bitmap of ours; `None` for anybody else's.
+pub(crate) fn parse_chain_bitmap(name: &str) -> Option<(TargetId, Generation, DiskName)> {
+    let (target, rest) = name.strip_prefix(CHAIN_PREFIX)?.split_once('.')?;
+    let (generation, disk) = rest.split_once('.')?;
+    Some((target.parse().ok()?, generation.parse().ok()?, disk.parse().ok()?))
 }
 
 #[cfg(test)]
@@ -69,8 +75,12 @@ mod test {
     fn a_chain_bitmap_tells_its_target_and_generation() {
         let target: TargetId = "0badcafe".parse().unwrap();
         let generation: Generation = "20261123T162855Z-00000001".parse().unwrap();
-        let name = chain_bitmap(&target, &generation).unwrap();
-        assert_eq!(parse_chain_bitmap(name.as_str()), Some((target, generation)));
+        for disk in ["vda", "scsi0.1"] {
+            let disk: DiskName = disk.parse().unwrap();
+            let name = chain_bitmap(&target, &generation, &disk).unwrap();
+            let known = (target.clone(), generation.clone(), disk);
+            assert_eq!(parse_chain_bitmap(name.as_str()), Some(known));
+        }
     }
 
     #[test]
@@ -83,6 +93,9 @@ mod test {
             "stillpoint.x.y",
             "stillpoint.0badcafe",
             "stillpoint.0badcafe.latest",
+            "stillpoint.0badcafe.latest.vda",
+            "stillpoint.0badcafe.20261123T162855Z-00000001",
+            "stillpoint.0badcafe.20261123T162855Z-00000001.",
         ] {
             assert_eq!(parse_chain_bitmap(foreign), None, "{foreign}");
         }

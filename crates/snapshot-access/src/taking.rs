@@ -10,7 +10,7 @@ use crate::{
     fleecing::FleecingImage,
     freeze::Freeze,
     guard::{Guard, Mark},
-    inspect::{Machine, qmp_error, refused},
+    inspect::{ChainBitmap, FOREIGN, Machine, qmp_error, refused},
     listener::Listener,
     names::{self, Names},
     pause::{self, Instant},
@@ -215,11 +215,13 @@ impl Taking {
                 (Some(bitmap.name.clone()), bitmap.granularity)
             }
         };
-        let new = names::chain_bitmap(&settings.target, &settings.point).map_err(named)?;
+        let new = names::chain_bitmap(&settings.target, &settings.point, &plan.disk.name).map_err(named)?;
         let new = plan.disk.takes_bitmaps.then_some(new);
         // What cannot take a new bitmap, cannot drop an old one either: a template keeps the one that it has.
-        let writable = plan.disk.takes_bitmaps;
-        let ours = plan.disk.bitmaps.iter().filter(|bitmap| writable && bitmap.target == settings.target);
+        let ours = |bitmap: &&ChainBitmap| {
+            plan.disk.takes_bitmaps && bitmap.target == settings.target && bitmap.fault != Some(FOREIGN)
+        };
+        let ours = plan.disk.bitmaps.iter().filter(ours);
         let chain = ChainDisk {
             disk: plan.disk.name.clone(),
             node: plan.disk.node.clone(),

@@ -152,7 +152,7 @@ impl<'a> Cuts<'a> {
         assert_eq!(before.without_bitmaps(), after.clone().without_bitmaps());
         assert_eq!(after.bitmaps.len(), self.disks.len(), "{:?}", after.bitmaps);
         let point = summary["point"].as_str().unwrap();
-        assert!(after.bitmaps.iter().all(|(_, name)| name.ends_with(point)), "{:?}", after.bitmaps);
+        assert!(after.bitmaps.iter().all(|(_, name)| name.contains(point)), "{:?}", after.bitmaps);
         self.pauses.push(summary["pause_ms"].as_f64().unwrap());
         summary
     }
