@@ -69,7 +69,9 @@ impl Job<'_> {
         if let Some(name) = &self.name {
             return Ok(name.clone());
         }
-        let hint = "stillpoint backup NAME, with the other arguments as they are";
+        // Only a VM that was named by its socket has no name of its own.
+        let socket = self.vm.qmp.as_deref().unwrap_or(Path::new("SOCKET"));
+        let hint = format!("stillpoint backup NAME --qmp {} ...", socket.display());
         let Some(name) = &machine.name else {
             return Err(Failure::usage("QEMU has no name for this VM (-name)")
                 .guest(Guest::Untouched)

@@ -4,6 +4,9 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use stillpoint_model::{DiskName, PointId, VmName};
 
+/// Where the configuration is unless told otherwise.
+pub(crate) const CONFIG: &str = "/etc/stillpoint/stillpoint.toml";
+
 /// Live, incremental, point-in-time backups of running QEMU/KVM virtual machines.
 ///
 /// Exit status: 0 done, 1 failed and cleaned up, 2 usage or configuration, 3 something is left that `recover` must
@@ -12,7 +15,7 @@ use stillpoint_model::{DiskName, PointId, VmName};
 #[command(version, arg_required_else_help = true)]
 pub struct Cli {
     /// Configuration file.
-    #[arg(long, global = true, value_name = "FILE", default_value = "/etc/stillpoint/stillpoint.toml")]
+    #[arg(long, global = true, value_name = "FILE", default_value = CONFIG)]
     pub config: PathBuf,
     /// Say more (-v: what is done, -vv: each step).
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]

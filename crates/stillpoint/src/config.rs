@@ -1,6 +1,9 @@
 //! The configuration file, and what stands in for it on the command line.
 
-use crate::{cli::Where, failure::Failure};
+use crate::{
+    cli::{self, Where},
+    failure::Failure,
+};
 use serde::Deserialize;
 use std::{
     collections::BTreeMap,
@@ -177,14 +180,16 @@ pub(crate) struct Target {
 }
 
 impl Config {
-    /// Reads `path`; a file that is not there counts as empty, since `--qmp` and `--to` need none.
+    /// Reads `path`. Where none is named and there is none, it counts as empty, since `--qmp` and `--to` need none.
     ///
     /// # Errors
     /// If it cannot be read or is not of the right form; the message has line and column.
     pub(crate) fn read(path: &Path) -> Result<Self, Failure> {
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && path == Path::new(cli::CONFIG) => {
+                return Ok(Self::default());
+            }
             Err(error) => {
                 return Err(Failure::usage(format!("cannot read configuration {}: {error}", path.display())));
             }

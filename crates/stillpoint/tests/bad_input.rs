@@ -41,6 +41,7 @@ impl Place {
     fn new() -> Self {
         let work = tempfile::Builder::new().prefix("stillpoint-bad-").tempdir().unwrap();
         let tool = Tool::new(env!("CARGO_BIN_EXE_stillpoint"), work.path());
+        fs::write(work.path().join("none.toml"), "").unwrap();
         Self { work, tool }
     }
 
@@ -428,6 +429,13 @@ fn a_front_end_has_no_drive() {
     assert_eq!(before["blocks"][0]["node"], Value::Null, "{before}");
     backup_failed(&place.backup(), 1, &["disk vda", "no drive", "exclude = [\"vda\"]", UNTOUCHED]);
     assert_eq!(vm.graph(), before);
+}
+
+#[test]
+fn a_configuration_that_is_named_and_not_there_is_an_error() {
+    let place = Place::new();
+    let outcome = place.run(&["--config", "@another.toml", "points", "--to", "@target"]);
+    says(&outcome, 2, &["cannot read configuration", "another.toml"]);
 }
 
 #[test]

@@ -11,7 +11,7 @@ use common::{Cuts, no_process_is_left};
 use serde_json::Value;
 use std::{
     collections::BTreeSet,
-    process::{Child, Stdio},
+    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 use stillpoint_testkit::{BlockGraph, DiskSpec, Guest, GuestBuilder, Qemu};
@@ -195,4 +195,40 @@ fn recovery_that_is_killed_again_and_again_converges() {
     points.push(next_run(&mut cuts, &before.without_bitmaps(), "at the end"));
     cuts.judge_all(&points);
     cuts.end();
+}
+
+/// The negative control of the guard: when it dies together with its run, between `stop` and `cont`, the guest stays
+/// paused, and only recovery resumes it.
+#[test]
+fn without_the_guard_the_guest_stays_paused() {
+    let mut guest = guest();
+    let mut cuts = Cuts::start(&mut guest, DISKS.to_vec(), 5);
+    let first = cuts.cut(&[]);
+    let held = cuts.hold_at("pipeline:torn#1", &[]);
+    cuts.guest.wait_for("STOP").unwrap();
+    let guards = children(held.pid());
+    assert_eq!(guards.len(), 1, "{guards:?}");
+    for pid in guards.iter().chain([&held.pid()]) {
+        assert!(Command::new("kill").args(["-s", "KILL", &pid.to_string()]).status().unwrap().success());
+    }
+    held.end();
+    let status =
+        |guest: &mut Guest| guest.execute("query-status", serde_json::json!({})).unwrap()["status"].clone();
+    assert_eq!(status(cuts.guest), "paused", "something else resumes it, and the guard proves nothing");
+    let qmp = cuts.guest.qmp().display().to_string();
+    let recovered = cuts.tool.run(["recover", "--qmp", &qmp]).unwrap();
+    assert!(recovered.status == 0 && recovered.stderr.contains("paused"), "{recovered:?}");
+    assert_eq!(status(cuts.guest), "running");
+    let next = cuts.cut(&[]);
+    cuts.judge_all(&[first, next]);
+    cuts.end();
+}
+
+/// The processes that a process has started.
+fn children(parent: u32) -> Vec<u32> {
+    let tasks = std::fs::read_dir(format!("/proc/{parent}/task")).unwrap();
+    let lists = tasks.filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("children")).ok());
+    lists
+        .flat_map(|list| list.split_whitespace().map(|pid| pid.parse().unwrap()).collect::<Vec<_>>())
+        .collect()
 }

@@ -134,7 +134,7 @@ fn a_killed_run_frees_the_images_and_the_next_has_all() {
     at_rest(&tool, &target, &last, &storm, &acked);
     assert!(judge(&tool, &target, &point_name(&first), &["vda", "vdb"], &storm).is_valid());
 
-    let term = Held::at(&tool, "taken#1", arguments.clone());
+    let term = Held::at(&tool, "taken#1", arguments);
     term.signal("TERM");
     let outcome = term.go_on();
     assert_eq!(outcome.status, 130, "{}", outcome.stderr);

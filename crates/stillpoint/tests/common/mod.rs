@@ -79,6 +79,11 @@ impl Held {
     /// Lets it go on, and waits for its end.
     pub fn go_on(self) -> Outcome {
         self.signal("CONT");
+        self.end()
+    }
+
+    /// Waits for its end.
+    pub fn end(self) -> Outcome {
         let output = self.child.wait_with_output().unwrap();
         Outcome {
             status: output.status.code().unwrap_or(-1),
