@@ -17,7 +17,11 @@ use std::{
     fs::File,
     io::Write as _,
     sync::{Mutex, OnceLock, PoisonError},
+    time::Duration,
 };
+
+/// Longer than a signal to the process needs to reach all of its threads.
+const TAKES_EFFECT: Duration = Duration::from_millis(50);
 
 struct Plan {
     list: Option<Mutex<File>>,
@@ -64,6 +68,10 @@ pub fn torn(name: &str, length: usize) -> Option<(usize, Signal)> {
 pub fn act(signal: Signal) {
     // It cannot fail: the process is our own.
     let _ = kill_process(getpid(), signal);
+    // A signal to the process takes another thread first, and this one a moment later: it must not go on meanwhile.
+    if signal == Signal::KILL || signal == Signal::STOP {
+        std::thread::sleep(TAKES_EFFECT);
+    }
 }
 
 fn signal_at(name: &str) -> Option<Signal> {

@@ -205,7 +205,11 @@ fn without_the_guard_the_guest_stays_paused() {
     let mut cuts = Cuts::start(&mut guest, DISKS.to_vec(), 5);
     let first = cuts.cut(&[]);
     let held = cuts.hold_at("pipeline:torn#1", &[]);
-    cuts.guest.wait_for("STOP").unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while status(cuts.guest) != "paused" {
+        assert!(Instant::now() < deadline, "the guest is not paused");
+        std::thread::sleep(Duration::from_millis(2));
+    }
     let guards = children(held.pid());
     assert_eq!(guards.len(), 1, "{guards:?}");
     for pid in guards.iter().chain([&held.pid()]) {
@@ -231,4 +235,9 @@ fn children(parent: u32) -> Vec<u32> {
     lists
         .flat_map(|list| list.split_whitespace().map(|pid| pid.parse().unwrap()).collect::<Vec<_>>())
         .collect()
+}
+
+fn status(guest: &mut Guest) -> String {
+    let status = guest.execute("query-status", serde_json::json!({})).unwrap();
+    status["status"].as_str().unwrap().to_owned()
 }

@@ -163,7 +163,9 @@ fn qemu_is_killed_at_random_moments_of_a_run() {
     // What was not flushed may go with QEMU, and no backup is to blame for it.
     let durable = StormSpec::new(47).durable(Durable::All);
     let mut cuts = Cuts::start_with(&mut guest, DISKS.to_vec(), durable);
-    cuts.cut(&[]);
+    let started = Instant::now();
+    cuts.tool.backup("vm", &cuts.guest.qmp(), &cuts.target, &["--full"]).unwrap();
+    let whole = started.elapsed();
     let mut random = 0x1234_5678_9abc_def1_u64;
     let mut caught = 0;
     for kill in 0..kills {
@@ -180,8 +182,9 @@ fn qemu_is_killed_at_random_moments_of_a_run() {
             .spawn()
             .unwrap();
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        // The moment is the point of it: no event tells it.
-        std::thread::sleep(Duration::from_millis(random >> 55));
+        // The moment is the point of it: no event tells it. One at random in each part of a run.
+        let part = f64::from(kill) + (random >> 40) as f64 / f64::from(1 << 24);
+        std::thread::sleep(whole.mul_f64(part / f64::from(kills)));
         cuts.guest.kill().unwrap();
         let killed = Instant::now();
         let output = run.wait_with_output().unwrap();
