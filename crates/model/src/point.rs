@@ -1,6 +1,7 @@
 //! Identities: of a point, of the generation a bitmap is relative to, and of the place where points are kept.
 
 use crate::NameError;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::{fmt, str::FromStr};
 
@@ -8,7 +9,7 @@ use std::{fmt, str::FromStr};
 /// same length everywhere, has no character that a path, a URL or a QEMU file name treats specially, and is unique
 /// without any counter to keep. Order among points is told by the provider's sequence, never by this text: clocks
 /// step back.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
 pub struct PointId(String);
 
@@ -29,7 +30,7 @@ impl PointId {
 
 /// Names one target for good, wherever it is mounted: eight hex digits drawn when the target was first used. It is
 /// part of each bitmap's name, so that two targets of one VM never take each other's bitmap for their own.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
 pub struct TargetId(String);
 

@@ -1,10 +1,10 @@
-//! Asynchronous client for the NBD protocol, over unix sockets.
+//! Asynchronous client and server for the NBD protocol, over unix sockets. The server is in [`server`].
 //!
-//! It speaks fixed newstyle with structured replies or extended headers where the server has them, keeps many
+//! The client speaks fixed newstyle with structured replies or extended headers where the server has them, keeps many
 //! requests in flight on one connection, and reads maps (`base:allocation`, QEMU's dirty bitmaps) completely or not
 //! at all. Nothing a server sends makes it panic, hang past a deadline, or allocate more than was asked for.
 //!
-//! It is not a server, does no TLS and no TCP, never retries and never reconnects: what a broken connection means is
+//! It does no TLS and no TCP, never retries and never reconnects: what a broken connection means is
 //! for the caller to say.
 //!
 //! ```text
@@ -45,6 +45,7 @@ mod map;
 mod options;
 pub mod protocol;
 mod reply;
+pub mod server;
 mod shared;
 
 pub use client::Client;

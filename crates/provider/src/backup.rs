@@ -2,11 +2,13 @@
 
 use crate::{BitmapMode, PointRecord, PointSummary, Progress, Restore, Result, VerifyReport, VolumeSource};
 use async_trait::async_trait;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use stillpoint_model::{DiskName, Generation, Granularity, Length, PointId, TargetId, VmName};
 
 /// A bitmap that a disk has for this target and that is fit for use.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct OfferedBitmap {
     /// The point that it is relative to.
     pub generation: Generation,
@@ -15,7 +17,7 @@ pub struct OfferedBitmap {
 }
 
 /// What is known of a disk when the provider is asked about increments.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DiskOffer {
     /// The disk.
     pub name: DiskName,
@@ -26,7 +28,8 @@ pub struct DiskOffer {
 }
 
 /// The provider's answer for one disk.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
 pub enum Incremental {
     /// It holds this generation of the disk, at this size, and can take what changed since.
     Since(Generation),
@@ -40,7 +43,7 @@ pub enum Incremental {
 }
 
 /// What a configuration file is, so that a restore knows where it belongs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum ConfigRole {
     /// Configuration of the guest.
@@ -75,7 +78,7 @@ pub struct Volume {
 }
 
 /// What became of one disk.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct VolumeReport {
     /// The disk.
     pub name: DiskName,

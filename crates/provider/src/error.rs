@@ -1,12 +1,15 @@
 //! One error shape: a stable kind to act on, what was being done, and the cause.
 
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use std::{error, fmt};
 
 /// What a provider's calls return.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What went wrong, for code to act on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum ErrorKind {
     /// The target is not there, or is not what the configuration says.

@@ -1,11 +1,12 @@
 //! What is known of a point, in the form in which every provider keeps it.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use stillpoint_model::{DiskName, Granularity, Length, PointId, VmName};
 
 /// How a disk's dirty bitmap was used for a point. The words are Proxmox VE's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum BitmapMode {
     /// No bitmap: the disk was read in full, and the next point will read it in full too.
@@ -17,7 +18,7 @@ pub enum BitmapMode {
 }
 
 /// What the file systems on the disks can expect of a point.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Consistency {
     /// As after a power cut at that instant.
@@ -27,7 +28,7 @@ pub enum Consistency {
 }
 
 /// One disk in a point.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DiskRecord {
     /// The disk.
     pub name: DiskName,
@@ -49,7 +50,7 @@ pub struct DiskRecord {
 }
 
 /// One point: all disks of a VM at one instant.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct PointRecord {
     /// The VM.
     pub vm: VmName,
@@ -72,7 +73,7 @@ pub struct PointRecord {
 }
 
 /// One line of a listing.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct PointSummary {
     /// The record, or `None` if it cannot be read any more (then `damage` says why).
     pub record: Option<PointRecord>,

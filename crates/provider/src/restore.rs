@@ -2,6 +2,8 @@
 
 use crate::{ConfigFile, PointRecord, Result, VolumeSource};
 use async_trait::async_trait;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use stillpoint_model::{DiskName, Length, Offset};
 
@@ -34,7 +36,7 @@ pub trait Progress: Send + Sync {
 }
 
 /// One thing wrong with a stored point.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Finding {
     /// The disk, where it is about one.
     pub disk: Option<DiskName>,
@@ -45,7 +47,7 @@ pub struct Finding {
 }
 
 /// What became of verifying a point.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 pub struct VerifyReport {
     /// Bytes that were read and compared.
     pub checked: Length,

@@ -1,6 +1,6 @@
 //! How a disk's bytes travel: the same small trait for a disk at its point and for a disk in the target.
 
-use crate::Result;
+use crate::{Error, Result};
 use async_trait::async_trait;
 use bytes::Bytes;
 use stillpoint_model::{Extent, Length, Offset, Range};
@@ -36,4 +36,10 @@ pub trait VolumeSource: Send + Sync {
     /// # Errors
     /// If the other side refuses; the data already read stays good.
     async fn release(&self, range: Range) -> Result<()>;
+
+    /// Waits until this disk can only fail to be read, and says why: the run was cancelled, the snapshot broke. For
+    /// those who wait for something else meanwhile. Many disks never end so.
+    async fn ended(&self) -> Error {
+        std::future::pending().await
+    }
 }

@@ -309,6 +309,13 @@ impl VolumeSource for AccessVolume {
         self.passed.fetch_add(range.length().get(), Ordering::Relaxed);
         Ok(())
     }
+
+    async fn ended(&self) -> Error {
+        match self.unless_stopped(std::future::pending::<()>()).await {
+            Ok(()) => self.stopped(&Stop::Cancelled),
+            Err(error) => error,
+        }
+    }
 }
 
 #[cfg(test)]

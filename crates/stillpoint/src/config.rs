@@ -2,16 +2,19 @@
 
 use crate::{
     cli::{self, Where},
-    failure::Failure,
+    failure::{Exit, Failure},
+    runtime,
 };
 use serde::Deserialize;
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
+    time::Duration,
 };
 use stillpoint_model::{DiskName, Length, VmName};
 use stillpoint_provider::Provider;
 use stillpoint_provider_directory::DirectoryProvider;
+use stillpoint_provider_program::{Deadlines, ProgramProvider, Settings};
 use stillpoint_snapshot_access::OfflineDisk;
 
 /// Directory of fleecing images unless configured: on disk, unlike `/tmp`, and there on every Linux.
@@ -174,9 +177,63 @@ fn parse_size(text: &str) -> Result<Length, String> {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(crate) struct Target {
-    provider: String,
+    provider: ProviderKind,
     /// Of the directory provider.
     directory: Option<PathBuf>,
+    /// Of a program: most bytes a second that it may read, such as `"100MiB"`.
+    #[serde(default, deserialize_with = "size")]
+    bandwidth_limit: Option<Length>,
+}
+
+/// Who keeps the points.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged, expecting = "a provider is \"directory\" or { program = \"/path\", ... }")]
+enum ProviderKind {
+    BuiltIn(String),
+    Program(Program),
+}
+
+/// A provider outside the process.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct Program {
+    program: PathBuf,
+    #[serde(default)]
+    arguments: Vec<String>,
+    /// In its environment, beside the little that every program gets.
+    #[serde(default)]
+    environment: BTreeMap<String, String>,
+    /// Told it when it starts; what they mean is its business.
+    #[serde(default)]
+    options: serde_json::Map<String, serde_json::Value>,
+    /// Seconds that it may take to answer.
+    answer_timeout: Option<u64>,
+    /// Seconds that it may take to make a point durable.
+    commit_timeout: Option<u64>,
+    /// Seconds without reading or saying anything, after which it is taken for hung.
+    quiet_timeout: Option<u64>,
+}
+
+impl Program {
+    fn settings(&self, bandwidth_limit: Option<Length>) -> Settings {
+        let mut deadlines = Deadlines::default();
+        let set = |deadline: &mut Duration, seconds: Option<u64>| {
+            *deadline = seconds.map_or(*deadline, Duration::from_secs);
+        };
+        set(&mut deadlines.answer, self.answer_timeout);
+        set(&mut deadlines.commit, self.commit_timeout);
+        set(&mut deadlines.quiet, self.quiet_timeout);
+        Settings {
+            program: self.program.clone(),
+            arguments: self.arguments.iter().map(Into::into).collect(),
+            environment: self.environment.clone(),
+            options: self.options.clone(),
+            bandwidth_limit: bandwidth_limit.map(Length::get),
+            deadlines,
+            runtime_directory: runtime::directory(),
+            mechanism: None,
+        }
+    }
 }
 
 impl Config {
@@ -247,11 +304,22 @@ impl Config {
                     .next("add --target NAME"));
             }
         };
-        match (target.provider.as_str(), &target.directory) {
-            ("directory", Some(directory)) => Ok(Box::new(DirectoryProvider::new(directory.clone()))),
-            ("directory", None) => Err(Failure::usage(format!("target {name} says no `directory`"))),
-            (other, _) => Err(Failure::usage(format!(
-                "target {name}: there is no provider {other:?}; there is \"directory\""
+        match (&target.provider, &target.directory) {
+            (ProviderKind::Program(program), _) => {
+                let runtime = runtime::directory();
+                stillpoint_snapshot_access::private_directory(&runtime).map_err(|error| {
+                    Failure::because(Exit::Failed, "no place for the provider's sockets", &error)
+                })?;
+                Ok(Box::new(ProgramProvider::new(program.settings(target.bandwidth_limit))))
+            }
+            (ProviderKind::BuiltIn(name), Some(directory)) if name == "directory" => {
+                Ok(Box::new(DirectoryProvider::new(directory.clone())))
+            }
+            (ProviderKind::BuiltIn(name), None) if name == "directory" => {
+                Err(Failure::usage("a target of provider \"directory\" says no `directory`"))
+            }
+            (ProviderKind::BuiltIn(other), _) => Err(Failure::usage(format!(
+                "target {name}: there is no provider {other:?}; there is \"directory\", and {{ program = \"/path\" }}"
             ))),
         }
     }

@@ -45,6 +45,7 @@ pub(crate) async fn lock(socket: &Path) -> Result<Found, Failure> {
     };
     let by_qemu = RunLock::of_qemu(&runtime, &qmp).map_err(|error| lock_failure(&error))?;
     stillpoint_snapshot_access::sweep(&runtime);
+    stillpoint_provider_program::sweep(&runtime);
     Ok(Found::Running(LockedVm { qmp, _by_socket: by_socket, _by_qemu: by_qemu }))
 }
 
