@@ -1,5 +1,7 @@
 //! How a disk gets to a program: by an NBD export, as a file, or as a block device.
 
+mod block_device;
+mod file_handle;
 mod nbd;
 
 use crate::{
@@ -12,6 +14,8 @@ use stillpoint_provider::Result;
 /// Disks handed over, until this is ended.
 pub(crate) enum Handover {
     Nbd(nbd::NbdHandover),
+    Files(file_handle::FileHandover),
+    Devices(block_device::DeviceHandover),
 }
 
 impl Handover {
@@ -26,8 +30,9 @@ impl Handover {
     ) -> Result<Self> {
         match mechanism {
             Mechanism::Nbd => nbd::NbdHandover::start(directory, volumes).map(Self::Nbd),
-            Mechanism::FileHandle | Mechanism::BlockDevice => {
-                Err(stillpoint_provider::Error::new(stillpoint_provider::ErrorKind::Io, "not yet"))
+            Mechanism::FileHandle => file_handle::FileHandover::start(directory, volumes).map(Self::Files),
+            Mechanism::BlockDevice => {
+                block_device::DeviceHandover::start(directory, volumes).await.map(Self::Devices)
             }
         }
     }
@@ -36,6 +41,8 @@ impl Handover {
     pub(crate) fn handle(&self, volume: &ServedVolume) -> Handle {
         match self {
             Self::Nbd(nbd) => nbd.handle(volume),
+            Self::Files(files) => files.handle(volume),
+            Self::Devices(devices) => devices.handle(volume),
         }
     }
 
@@ -43,9 +50,13 @@ impl Handover {
     pub(crate) async fn end(self) {
         match self {
             Self::Nbd(nbd) => nbd.end().await,
+            Self::Files(files) => files.end().await,
+            Self::Devices(devices) => devices.end().await,
         }
     }
 }
 
 /// Lets go of devices that are made of files below `directory`, of a run that has died.
-pub(crate) fn detach_all(_directory: &Path) {}
+pub(crate) fn detach_all(directory: &Path) {
+    block_device::detach_all(directory);
+}

@@ -82,7 +82,12 @@ impl ServedVolume {
 
     /// The parts of the disk from `from` on, contiguous; some thousands at once.
     pub(crate) fn regions(&self, from: Offset) -> impl Iterator<Item = Extent> {
-        self.map.from(from.get()).take(MOST_REGIONS)
+        self.all_regions(from).take(MOST_REGIONS)
+    }
+
+    /// The same to the end of the disk.
+    pub(crate) fn all_regions(&self, from: Offset) -> impl Iterator<Item = Extent> {
+        self.map.from(from.get())
     }
 
     pub(crate) async fn release(&self, range: Range) -> Result<()> {

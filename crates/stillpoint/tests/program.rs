@@ -107,11 +107,27 @@ fn nothing_is_left(place: &Place) {
     assert!(!mounts.contains(place.work.to_str().unwrap()), "{mounts}");
 }
 
-#[test]
-fn raw_images_through_nbd() {
+fn raw_images(mechanism: &str, seed: u64) {
     let mut guest = guest();
     let program = example("raw-images");
-    let target = format!("provider = {{ program = {program:?}, arguments = [\"@/images\"] }}");
+    let target = format!(
+        "provider = {{ program = {program:?}, arguments = [\"@/images\"], options = {{ mechanism = {mechanism:?} }} }}"
+    );
     let place = Place::new(guest.work(), &guest.qmp(), &target);
-    points(&place, &mut guest, 71);
+    points(&place, &mut guest, seed);
+}
+
+#[test]
+fn raw_images_through_nbd() {
+    raw_images("nbd", 71);
+}
+
+#[test]
+fn raw_images_through_files() {
+    raw_images("file-handle", 72);
+}
+
+#[test]
+fn raw_images_through_block_devices() {
+    raw_images("block-device", 73);
 }
