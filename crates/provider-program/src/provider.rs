@@ -231,6 +231,10 @@ impl Session {
         Err(Error::new(ErrorKind::NotFound, format!("{} cannot {what}", self.name)))
     }
 
+    fn has_ended(&self) -> bool {
+        self.process.lock().unwrap_or_else(PoisonError::into_inner).is_none()
+    }
+
     async fn end(&self) {
         self.peer.close().await;
         let process = self.process.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -298,6 +302,10 @@ impl Provider for ProgramProvider {
 
     async fn job_cleanup(&self) -> Result<()> {
         let Some(session) = self.session.lock().await.clone() else { return Ok(()) };
+        if session.has_ended() {
+            self.end().await;
+            return Ok(());
+        }
         let cleaned = session.peer.call(&JobCleanup {}, self.settings.deadlines.answer).await;
         self.end().await;
         cleaned.map(|_| ())

@@ -65,6 +65,23 @@ impl ServedVolume {
     /// As [`VolumeSource::read`].
     pub(crate) async fn read(&self, range: Range) -> Result<Bytes> {
         self.activity.seen();
+        let mut data = false;
+        for extent in
+            self.map.from(range.start().get()).take_while(|extent| extent.range.start() < range.end())
+        {
+            data |= extent.kind == ExtentKind::Data;
+            if extent.kind == ExtentKind::Clean {
+                let what = format!(
+                    "disk {} at {} is outside of what has changed since the point before, and cannot be read",
+                    self.name,
+                    extent.range.start()
+                );
+                return Err(Error::new(ErrorKind::NotFound, what));
+            }
+        }
+        if !data {
+            return Ok(Bytes::from(vec![0; usize::try_from(range.length().get()).unwrap_or(0)]));
+        }
         if let Some(pace) = &self.pace {
             pace.take(range.length()).await;
         }

@@ -11,8 +11,11 @@ use std::{
     ffi::OsString,
     fs,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
-use stillpoint_testkit::{DiskSpec, Guest, GuestBuilder, Outcome, Qemu, Storm, Tool, oracle, workspace};
+use stillpoint_testkit::{
+    BareMachine, DiskSpec, Guest, GuestBuilder, Outcome, Qemu, Storm, Tool, oracle, skip, workspace,
+};
 
 const MIB: u64 = 1 << 20;
 const DISKS: [&str; 3] = ["vda", "vdb", "vdc"];
@@ -104,7 +107,7 @@ fn nothing_is_left(place: &Place) {
     let left: Vec<_> = fs::read_dir(&runtime).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert!(left.iter().all(|name| !name.to_str().unwrap().starts_with("provider-")), "{left:?}");
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-    assert!(!mounts.contains(place.work.to_str().unwrap()), "{mounts}");
+    assert!(!mounts.contains(runtime.to_str().unwrap()), "{mounts}");
 }
 
 fn raw_images(mechanism: &str, seed: u64) {
@@ -130,4 +133,116 @@ fn raw_images_through_files() {
 #[test]
 fn raw_images_through_block_devices() {
     raw_images("block-device", 73);
+}
+
+/// What a run with a provider that does this wrong says.
+fn wrong(machine: &BareMachine, what: &str) -> Outcome {
+    let script = workspace().join("crates/stillpoint/tests/wrong_provider.py");
+    let examples = example("");
+    let target = format!(
+        "provider = {{ program = \"/usr/bin/python3\", arguments = [{script:?}, {what:?}, \"@/images\"], \
+         environment = {{ EXAMPLES = {examples:?} }}, answer-timeout = 3, commit-timeout = 3, quiet-timeout = 3 }}"
+    );
+    let place = Place::new(machine.work(), &machine.qmp(), &target);
+    let started = Instant::now();
+    let outcome = place.run(&["backup", "vm", "--json"]);
+    let took = started.elapsed();
+    assert!(took < Duration::from_secs(25), "{what}: {took:?}");
+    nothing_is_left(&place);
+    outcome
+}
+
+/// Each fails clean, within its deadline, and the next increment has everything.
+#[test]
+fn whatever_a_provider_does_wrong_the_guest_and_the_chain_are_unharmed() {
+    let cases = [
+        ("crashes", 1, "has closed its standard output"),
+        ("hangs", 1, "neither read nor said anything for 3 s"),
+        ("speaks-nonsense", 1, "no message: \\\"Traceback"),
+        ("never-ends-a-line", 1, "more than 33554432 bytes"),
+        ("closes-its-input", 1, "neither read nor said"),
+        ("leaves-a-child", 1, "has closed its standard output|neither read nor said"),
+        ("reads-nothing", 1, "has not read what is at"),
+        ("is-full", 1, "No space left on device"),
+        ("forgets-a-disk", 1, "does not report on disk"),
+        ("reads-elsewhere", 1, "outside"),
+        ("never-greets", 1, "does not answer hello within 3 s"),
+        ("another-protocol", 1, "speaks protocol 2"),
+        ("another-form", 1, "no answer to it"),
+        ("a-name-as-trap", 1, "no answer to it"),
+        ("lies-about-a-commit", 1, "does not list it"),
+        ("dies-in-a-commit", 1, "not known"),
+        ("dies-after-a-commit", 1, "not known"),
+        ("hangs-in-a-commit", 1, "does not answer commit"),
+        ("fails-in-a-commit", 1, "No space left on device"),
+        // These two are no failures.
+        ("a-generation-of-its-own", 0, ""),
+        ("keeps-its-connections", 0, ""),
+    ];
+    let qemu = Qemu::installed().unwrap();
+    let mut machine = BareMachine::with_disks(&qemu, &[("vda", 8 * MIB), ("vdb", 4 * MIB)]).unwrap();
+    let program = example("raw-images");
+    let good = format!("provider = {{ program = {program:?}, arguments = [\"@/images\"] }}");
+    let good_backup = |machine: &BareMachine| Place::new(machine.work(), &machine.qmp(), &good).backup();
+    good_backup(&machine);
+    for (number, (what, status, words)) in (1_u64..).zip(cases) {
+        // The first disk has something to read, and something that is not to be read.
+        machine.disk_io("vda", &format!("write -P {number} {} 64k", number * 65536)).unwrap();
+        let outcome = wrong(&machine, what);
+        assert_eq!(outcome.status, status, "{what}: {}", outcome.stderr);
+        let said = words.split('|').any(|words| outcome.stderr.contains(words));
+        assert!(said, "{what}: {words:?} is not in: {}", outcome.stderr);
+        if status == 1 && !outcome.stderr.contains("was not touched") {
+            assert!(outcome.stderr.contains("nothing of this run is left"), "{what}: {}", outcome.stderr);
+        }
+        let nodes = machine.execute("query-named-block-nodes", serde_json::json!({})).unwrap();
+        assert!(!nodes.to_string().contains("stillpoint-filter"), "{what}: {nodes}");
+        assert_eq!(machine.status().unwrap(), "running");
+        machine.disk_io("vdb", &format!("write -P {number} 0 4k")).unwrap();
+        let summary = good_backup(&machine);
+        let images = machine.work().join("images/vm").join(summary["point"].as_str().unwrap());
+        let (vda, vdb) =
+            (fs::read(images.join("vda.raw")).unwrap(), fs::read(images.join("vdb.raw")).unwrap());
+        for earlier in 1..=number {
+            assert_eq!(
+                u64::from(vda[usize::try_from(earlier * 65536).unwrap()]),
+                earlier,
+                "{what}: {summary}"
+            );
+        }
+        assert_eq!(u64::from(vdb[0]), number, "{what}");
+        if what != "a-generation-of-its-own" {
+            assert_eq!(summary["disks"][0]["bitmap_mode"], "reuse", "{what}: {summary}");
+        }
+    }
+}
+
+/// Full and incremental; what reaches QEMU is checked before, so an older one survives it too.
+fn wrong_requests(qemu: &Qemu) {
+    let mut machine = BareMachine::with_disks(qemu, &[("vda", 4 * MIB + 512), ("vdb", MIB)]).unwrap();
+    for round in 1..3 {
+        machine.disk_io("vda", &format!("write -P {round} {} 100k", round * MIB)).unwrap();
+        let outcome = wrong(&machine, "sends-wrong-requests");
+        assert_eq!(outcome.status, 0, "{}", outcome.stderr);
+        let summary = outcome.json().unwrap();
+        let image = machine.work().join("images/vm").join(summary["point"].as_str().unwrap()).join("vda.raw");
+        let image = fs::read(image).unwrap();
+        for earlier in 1..=round {
+            assert_eq!(u64::from(image[usize::try_from(earlier * MIB).unwrap()]), earlier);
+        }
+        assert_eq!(machine.status().unwrap(), "running");
+    }
+}
+
+#[test]
+fn no_wrong_request_reaches_qemu() {
+    wrong_requests(&Qemu::installed().unwrap());
+}
+
+#[test]
+fn no_wrong_request_reaches_qemu_10() {
+    let Some(qemu) = Qemu::trixie() else {
+        return skip("no_wrong_request_reaches_qemu_10", "no QEMU 10; `cargo xtask qemu10` installs it");
+    };
+    wrong_requests(&qemu);
 }

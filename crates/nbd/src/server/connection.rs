@@ -185,7 +185,8 @@ impl Connection {
         let mut extents: Vec<Extent> = Vec::new();
         let mut at = range.start();
         let one = request.flags & FLAG_REQ_ONE != 0;
-        while at < range.end() && extents.len() < MOST_DESCRIPTORS && !(one && !extents.is_empty()) {
+        let most = if one { 1 } else { MOST_DESCRIPTORS };
+        while at < range.end() && extents.len() < most {
             let more = self.negotiated.export.extents(at).await?;
             let Some(end) = more.last().map(|extent| extent.range.end()).filter(|end| *end > at) else {
                 return Err(refuse(Errno::EIO, "the map does not go on"));
@@ -208,7 +209,7 @@ impl Connection {
                     _ => descriptors.push((length, flags)),
                 }
             }
-            descriptors.truncate(if one { 1 } else { MOST_DESCRIPTORS });
+            descriptors.truncate(most);
             let payload = 4 + 8 * descriptors.len();
             let done = if index == last { chunk::FLAG_DONE } else { 0 };
             let mut reply = header(done, chunk::BLOCK_STATUS, request.cookie, payload);
