@@ -11,6 +11,7 @@ use std::{
     ffi::OsString,
     fs,
     path::{Path, PathBuf},
+    process::Command,
     time::{Duration, Instant},
 };
 use stillpoint_testkit::{
@@ -133,6 +134,32 @@ fn raw_images_through_files() {
 #[test]
 fn raw_images_through_block_devices() {
     raw_images("block-device", 73);
+}
+
+fn borg(mechanism: &str, seed: u64) {
+    let mut guest = guest();
+    let repository = guest.work().join("borg");
+    let mut init = Command::new("borg");
+    init.args(["init", "--encryption", "repokey"]).arg(&repository);
+    init.env("BORG_PASSPHRASE", "canary").env("BORG_BASE_DIR", guest.work().join("borg-base"));
+    assert!(init.status().unwrap().success());
+    let program = example("borg");
+    let target = format!(
+        "provider = {{ program = {program:?}, arguments = [\"@/borg\", \"@\"], options = {{ mechanism = {mechanism:?} }}, \
+         environment = {{ BORG_PASSPHRASE = \"canary\", BORG_BASE_DIR = \"@/borg-base\" }} }}"
+    );
+    let place = Place::new(guest.work(), &guest.qmp(), &target);
+    points(&place, &mut guest, seed);
+}
+
+#[test]
+fn borg_through_block_devices() {
+    borg("block-device", 74);
+}
+
+#[test]
+fn borg_through_files() {
+    borg("file-handle", 75);
 }
 
 /// What a run with a provider that does this wrong says.
