@@ -13,6 +13,7 @@
 //!                                    ServedVolume: checked, counted, paced --> VolumeSource
 //! ```
 
+pub mod check;
 mod mechanism;
 mod process;
 pub mod protocol;

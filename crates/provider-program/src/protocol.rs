@@ -360,6 +360,15 @@ pub struct Verify {
     pub point: PointId,
 }
 
+/// A request that no version of the protocol has.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Unknown {}
+
+impl Call for Unknown {
+    const METHOD: &'static str = "no_such_method";
+    type Answer = Done;
+}
+
 /// From the program: which parts of a disk have to be read.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct NextDirtyRegions {

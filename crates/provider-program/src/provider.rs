@@ -93,6 +93,42 @@ impl ProgramProvider {
         Ok(Arc::clone(session.insert(started)))
     }
 
+    /// What the program says that it can do.
+    pub(crate) async fn capabilities(&self) -> Result<Vec<Capability>> {
+        Ok(self.session().await?.capabilities.clone())
+    }
+
+    /// Kills the program, as its crash would.
+    pub(crate) async fn kill(&self) {
+        let Some(session) = self.session.lock().await.take() else { return };
+        let process = session.process.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(process) = process {
+            process.end(Duration::ZERO).await;
+        }
+        session.peer.end("was killed");
+    }
+
+    /// Whether it answers what it cannot know with an error.
+    pub(crate) async fn unknown_request(&self) -> bool {
+        let Ok(session) = self.session().await else { return false };
+        let answer = session.peer.call(&protocol::Unknown {}, self.settings.deadlines.answer).await;
+        answer.is_err_and(|error| crate::rpc::is_told(&error))
+    }
+
+    /// Whether it ends by itself when its standard input does.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub(crate) async fn ends(&self) -> Result<bool> {
+        let session = self.session().await?;
+        session.peer.close().await;
+        let process = session.process.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(process) = process else { return Ok(false) };
+        let status = process.end(self.settings.deadlines.grace).await;
+        self.end().await;
+        Ok(status.is_some())
+    }
+
     /// Ends the program, if it runs. The next call starts it again.
     pub async fn end(&self) {
         if let Some(session) = self.session.lock().await.take() {
@@ -346,6 +382,10 @@ impl Provider for ProgramProvider {
         session.must(Capability::Verify, "verify its points")?;
         let verify = protocol::Verify { vm: vm.clone(), point: point.clone() };
         session.while_it_works(session.peer.ask(&verify), &[]).await
+    }
+
+    async fn close(&self) {
+        self.end().await;
     }
 }
 

@@ -33,18 +33,6 @@ impl ProgramRestore {
     }
 }
 
-impl Drop for ProgramRestore {
-    fn drop(&mut self) {
-        let session = Arc::clone(&self.session);
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async move {
-                let _ =
-                    session.peer.call(&protocol::RestoreCleanup {}, session.settings.deadlines.grace).await;
-            });
-        }
-    }
-}
-
 #[async_trait]
 impl Restore for ProgramRestore {
     fn record(&self) -> &PointRecord {
@@ -95,6 +83,28 @@ impl Restore for ProgramRestore {
             }
         };
         Ok(Arc::new(Given { source, _session: Arc::clone(&self.session) }))
+    }
+
+    async fn volume_cleanup(&self, disk: &DiskName) {
+        let cleanup = protocol::RestoreVolumeCleanup { name: disk.clone() };
+        self.told(self.session.peer.call(&cleanup, self.session.settings.deadlines.answer).await);
+    }
+
+    async fn cleanup(&self) {
+        let cleanup = protocol::RestoreCleanup {};
+        self.told(self.session.peer.call(&cleanup, self.session.settings.deadlines.answer).await);
+    }
+}
+
+impl ProgramRestore {
+    fn told(&self, cleaned: Result<protocol::Done>) {
+        if let Err(error) = cleaned {
+            tracing::warn!(
+                error = crate::rpc::chain(&error),
+                provider = self.session.name,
+                "did not clean up"
+            );
+        }
     }
 }
 

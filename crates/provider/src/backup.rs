@@ -129,6 +129,9 @@ pub trait Provider: Send + Sync {
     /// If the point cannot be examined at all. Damage is a [`Finding`](crate::Finding), not an error.
     async fn verify(&self, vm: &VmName, point: &PointId, progress: Arc<dyn Progress>)
     -> Result<VerifyReport>;
+
+    /// Lets go of what is held open between calls, such as a program that runs. The last call outside of a job.
+    async fn close(&self) {}
 }
 
 /// The backup of one VM. Calls come in the order in which they stand here.

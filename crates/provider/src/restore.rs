@@ -25,6 +25,12 @@ pub trait Restore: Send + Sync {
     /// # Errors
     /// If the point has no such disk, or it cannot be opened.
     async fn volume(&self, disk: &DiskName) -> Result<Arc<dyn VolumeSource>>;
+
+    /// The disk is not read any more (`restore_vm_volume_cleanup`).
+    async fn volume_cleanup(&self, _disk: &DiskName) {}
+
+    /// The point is not read any more (`restore_vm_cleanup`). The last call, whatever came of the restore.
+    async fn cleanup(&self) {}
 }
 
 /// Hears of progress in long work.

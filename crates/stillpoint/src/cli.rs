@@ -43,6 +43,9 @@ pub enum Command {
     /// Manage targets.
     #[command(subcommand)]
     Target(Target),
+    /// Help with writing providers.
+    #[command(subcommand)]
+    Provider(Provider),
 }
 
 /// Where points are kept.
@@ -205,4 +208,33 @@ mod test {
             assert!(bad.parse::<PointName>().is_err(), "{bad:?}");
         }
     }
+}
+
+/// `provider`.
+#[derive(Debug, Subcommand)]
+pub enum Provider {
+    /// Put a provider program through everything that happens to providers, and tell what is wrong with it.
+    Check(ProviderCheck),
+    /// Print the JSON Schema of the protocol.
+    Schema,
+}
+
+/// `provider check`.
+#[derive(Debug, Args)]
+pub struct ProviderCheck {
+    /// What the program is told as its options, as a JSON object.
+    #[arg(long, value_name = "JSON", default_value = "{}")]
+    pub options: String,
+    /// How it gets its disks, whatever it would like: nbd, file-handle or block-device.
+    #[arg(long, value_name = "MECHANISM")]
+    pub mechanism: Option<String>,
+    /// Add to the program's environment.
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub env: Vec<String>,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+    /// The program and its arguments. Give it a target without points that matter: those of the checks stay there.
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "PROGRAM")]
+    pub program: Vec<std::ffi::OsString>,
 }

@@ -8,7 +8,7 @@ use crate::{
     failure::{Exit, Failure, Guest},
     interrupt::Interrupt,
     progress::BytesProgress,
-    restore,
+    provider_check, restore,
     text::{self, note, print},
     vm::{self, Found},
 };
@@ -26,6 +26,7 @@ pub async fn run(cli: Cli) -> Exit {
         Command::Verify(arguments) => verify(&cli.config, &arguments).await,
         Command::Doctor(arguments) => doctor::run(&cli.config, &arguments).await,
         Command::Recover(arguments) => recover(&cli.config, &arguments).await,
+        Command::Provider(command) => provider_check::run(&command).await,
         Command::Target(cli::Target::Init { name }) => init(&cli.config, &name),
     };
     match result {
@@ -131,7 +132,9 @@ fn prepare(path: &Path, arguments: &cli::Backup) -> Result<(Box<dyn Provider>, V
 
 async fn points(path: &Path, arguments: &cli::Points) -> Result<Exit, Failure> {
     let provider = Config::read(path)?.provider(&arguments.place, path)?;
-    let found = list(provider.as_ref(), arguments.vm.as_ref()).await?;
+    let found = list(provider.as_ref(), arguments.vm.as_ref()).await;
+    provider.close().await;
+    let found = found?;
     if arguments.json {
         print(serde_json::to_string_pretty(&found).unwrap_or_default());
         return Ok(Exit::Done);
@@ -198,12 +201,18 @@ pub(crate) async fn resolve(provider: &dyn Provider, name: &PointName) -> Result
 
 async fn verify(path: &Path, arguments: &cli::Verify) -> Result<Exit, Failure> {
     let provider = Config::read(path)?.provider(&arguments.place, path)?;
+    let verified = verify_points(provider.as_ref(), arguments).await;
+    provider.close().await;
+    verified
+}
+
+async fn verify_points(provider: &dyn Provider, arguments: &cli::Verify) -> Result<Exit, Failure> {
     let mut points = Vec::new();
     if arguments.points.is_empty() {
-        points.extend(list(provider.as_ref(), None).await?.into_iter().map(|point| (point.vm, point.id)));
+        points.extend(list(provider, None).await?.into_iter().map(|point| (point.vm, point.id)));
     }
     for name in &arguments.points {
-        points.push((name.vm.clone(), resolve(provider.as_ref(), name).await?));
+        points.push((name.vm.clone(), resolve(provider, name).await?));
     }
     let started = Instant::now();
     let (mut checked, mut damaged, mut results) = (Length::ZERO, 0usize, Vec::new());

@@ -185,5 +185,6 @@ async fn look_at_target(config: &Config, path: &Path, arguments: &cli::Doctor, r
                 report.bad(crate::failure::chain(&error), Some("check the path, or mount the target"))
             }
         }
+        provider.close().await;
     }
 }

@@ -18,6 +18,7 @@ mod doctor;
 mod failure;
 mod interrupt;
 mod progress;
+mod provider_check;
 mod reach;
 mod restore;
 mod runtime;

@@ -16,8 +16,8 @@ use crate::{
 };
 use std::{path::Path, sync::Arc, time::Instant};
 use stillpoint_image::{Directory, ImageWriter};
-use stillpoint_model::{DiskName, ExtentKind, Length, Offset, Range};
-use stillpoint_provider::{Progress as _, Restore, VolumeSource};
+use stillpoint_model::{DiskName, ExtentKind, Length, Offset, PointId, Range};
+use stillpoint_provider::{Progress as _, Provider, Restore, VolumeSource};
 use tokio::task::JoinSet;
 
 /// One read.
@@ -31,9 +31,21 @@ const IN_FLIGHT: usize = 8;
 /// Exit status 1, and nothing half-restored keeps a final name.
 pub(crate) async fn run(path: &Path, arguments: &cli::Restore) -> Result<Exit, Failure> {
     let provider = Config::read(path)?.provider(&arguments.place, path)?;
-    let id = resolve(provider.as_ref(), &arguments.point).await?;
+    let restored = from(provider.as_ref(), arguments).await;
+    provider.close().await;
+    restored
+}
+
+async fn from(provider: &dyn Provider, arguments: &cli::Restore) -> Result<Exit, Failure> {
+    let id = resolve(provider, &arguments.point).await?;
     let failed = |error: stillpoint_provider::Error| provider_failure(&error, Guest::NotConcerned);
     let restore = provider.restore_vm_init(&arguments.point.vm, &id).await.map_err(failed)?;
+    let restored = point(restore.as_ref(), &id, arguments).await;
+    restore.cleanup().await;
+    restored
+}
+
+async fn point(restore: &dyn Restore, id: &PointId, arguments: &cli::Restore) -> Result<Exit, Failure> {
     let record = restore.record();
     let disks: Vec<(DiskName, Length)> = record
         .disks
@@ -60,7 +72,7 @@ pub(crate) async fn run(path: &Path, arguments: &cli::Restore) -> Result<Exit, F
     let total: Length = disks.iter().map(|(_, size)| *size).sum();
     progress.total(total);
     let writing = Writing { output: &output, format, extension, interrupt: &interrupt, progress: &progress };
-    let written = writing.all(restore.as_ref(), &disks, with_config).await;
+    let written = writing.all(restore, &disks, with_config).await;
     progress.finish();
     written?;
     let elapsed = started.elapsed();
@@ -125,7 +137,9 @@ impl Writing<'_> {
         let failed = |error: stillpoint_provider::Error| provider_failure(&error, Guest::NotConcerned);
         for (name, _) in disks {
             let source = restore.volume(name).await.map_err(failed)?;
-            self.disk(name, source).await?;
+            let written = self.disk(name, source).await;
+            restore.volume_cleanup(name).await;
+            written?;
         }
         if !with_config {
             return Ok(());

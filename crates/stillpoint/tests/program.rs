@@ -273,3 +273,49 @@ fn no_wrong_request_reaches_qemu_10() {
     };
     wrong_requests(&qemu);
 }
+
+/// The conformance suite on a program; what it prints.
+fn check(work: &Path, line: &[&str]) -> Outcome {
+    let line = ["provider", "check"].iter().chain(line).map(OsString::from);
+    tool(work).run(line.collect::<Vec<_>>()).unwrap()
+}
+
+#[test]
+fn the_examples_pass_the_conformance_suite() {
+    let work = tempfile::tempdir().unwrap();
+    let images = work.path().join("images").display().to_string();
+    let raw_images = example("raw-images").display().to_string();
+    for mechanism in ["nbd", "file-handle", "block-device"] {
+        let outcome = check(work.path(), &["--mechanism", mechanism, &raw_images, &images]);
+        assert_eq!(outcome.status, 0, "{mechanism}: {}", outcome.stdout);
+        assert!(outcome.stdout.contains("22 passed, 0 failed, 0 not claimed"), "{}", outcome.stdout);
+    }
+    let (repository, base) = (work.path().join("borg"), work.path().join("base").display().to_string());
+    let mut init = Command::new("borg");
+    init.args(["init", "--encryption", "none"]).arg(&repository).env("BORG_BASE_DIR", &base);
+    assert!(init.status().unwrap().success());
+    let base = format!("BORG_BASE_DIR={base}");
+    let consent = "BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK=yes";
+    let (borg, repository) = (example("borg").display().to_string(), repository.display().to_string());
+    let outcome = check(work.path(), &["--env", &base, "--env", consent, &borg, &repository]);
+    assert_eq!(outcome.status, 0, "{}", outcome.stdout);
+}
+
+#[test]
+fn the_conformance_suite_finds_what_is_wrong() {
+    let work = tempfile::tempdir().unwrap();
+    let images = work.path().join("images").display().to_string();
+    let script = workspace().join("crates/stillpoint/tests/wrong_provider.py").display().to_string();
+    let examples = format!("EXAMPLES={}", example("").display());
+    for (wrong, words) in [
+        ("another-form", "FAILED       greets in the right form"),
+        ("reads-nothing", "FAILED       makes a full point"),
+        ("lies-about-a-commit", "FAILED       makes a full point"),
+        ("a-generation-of-its-own", "FAILED       makes an increment"),
+        ("crashes", "FAILED       makes a full point"),
+    ] {
+        let outcome = check(work.path(), &["--env", &examples, "/usr/bin/python3", &script, wrong, &images]);
+        assert_eq!(outcome.status, 1, "{wrong}: {}", outcome.stdout);
+        assert!(outcome.stdout.contains(words), "{wrong}: {}", outcome.stdout);
+    }
+}
