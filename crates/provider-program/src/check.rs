@@ -321,7 +321,8 @@ impl Checks {
                 while at < wanted.len() {
                     let extents = volume.regions(Offset::new(at as u64)).await.map_err(text)?;
                     let extent = extents.first().ok_or("the map ends")?;
-                    let length = (extent.range.length().get() as usize).min(1 << 20);
+                    let length =
+                        usize::try_from(extent.range.length().get()).unwrap_or(usize::MAX).min(1 << 20);
                     if extent.kind == stillpoint_model::ExtentKind::Data {
                         let range = Range::new(Offset::new(at as u64), Length::new(length as u64));
                         let bytes = volume.read(range.map_err(|e| e.to_string())?).await.map_err(text)?;

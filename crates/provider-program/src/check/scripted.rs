@@ -69,11 +69,11 @@ impl VolumeSource for ScriptedDisk {
             Behaviour::Slow => tokio::time::sleep(SLOW).await,
             Behaviour::Cancelled => return Err(self.ended().await),
         }
-        let (start, end) = (range.start().get() as usize, range.end().get() as usize);
-        if end > self.content.len() {
-            return Err(Error::new(ErrorKind::Source, "beyond the end"));
+        let at = |offset: Offset| usize::try_from(offset.get()).ok().filter(|at| *at <= self.content.len());
+        match (at(range.start()), at(range.end())) {
+            (Some(start), Some(end)) => Ok(self.content.slice(start..end)),
+            _ => Err(Error::new(ErrorKind::Source, "beyond the end")),
         }
-        Ok(self.content.slice(start..end))
     }
 
     async fn release(&self, _range: Range) -> Result<()> {
