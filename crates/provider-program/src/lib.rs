@@ -22,6 +22,7 @@ mod restore;
 mod rpc;
 mod volume;
 
+pub use mechanism::BlockDevices;
 pub use process::sweep;
 pub use protocol::Mechanism;
 pub use provider::{Deadlines, ProgramProvider, Settings};

@@ -60,3 +60,40 @@ impl Handover {
 pub(crate) fn detach_all(directory: &Path) {
     block_device::detach_all(directory);
 }
+
+/// Disks as block devices, without a program that they are for.
+pub struct BlockDevices {
+    devices: block_device::DeviceHandover,
+    paths: Vec<std::path::PathBuf>,
+}
+
+impl BlockDevices {
+    /// Makes a device of each disk; whatever that needs besides is put into `directory`, and found there by
+    /// [`sweep`](crate::sweep).
+    ///
+    /// # Errors
+    /// If this host has neither NBD nor FUSE and loop devices, or does not let us.
+    pub async fn start(directory: &Path, volumes: &[stillpoint_provider::Volume]) -> Result<Self> {
+        let mut served = Vec::new();
+        for volume in volumes {
+            served.push(Arc::new(ServedVolume::new(volume, None, crate::rpc::Activity::new()).await?));
+        }
+        let devices = block_device::DeviceHandover::start(directory, &served).await?;
+        let path = |volume: &Arc<ServedVolume>| match devices.handle(volume) {
+            Handle::BlockDevice { path } | Handle::FileHandle { path } => path,
+            Handle::Nbd { socket, .. } => socket,
+        };
+        let paths = served.iter().map(path).collect();
+        Ok(Self { devices, paths })
+    }
+
+    /// The devices, in the order of the disks.
+    pub fn paths(&self) -> &[std::path::PathBuf] {
+        &self.paths
+    }
+
+    /// Takes them back, and returns when they are gone.
+    pub async fn end(self) {
+        self.devices.end().await;
+    }
+}

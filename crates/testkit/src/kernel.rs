@@ -31,6 +31,10 @@ const INIT: &str = "#!/bin/sh
 /bin/busybox mount -t sysfs sys /sys
 /bin/busybox mount -t devtmpfs dev /dev
 while read module; do /bin/busybox insmod /modules/$module; done < /modules/order
+if [ -x /probe ]; then
+  /probe > /dev/ttyS0 2>&1
+  /bin/busybox poweroff -f
+fi
 while :; do
   for port in /sys/class/virtio-ports/*; do
     if [ \"$(/bin/busybox cat $port/name 2>/dev/null)\" = stillpoint.writer ]; then
@@ -65,6 +69,19 @@ pub fn cache() -> PathBuf {
 /// # Errors
 /// If the package cannot be had, or the writer not be built.
 pub fn boot() -> Result<Boot> {
+    make("initramfs.cpio", "guest-writer", &["--package", "guest-writer"], "guest-writer")
+}
+
+/// The same for a guest that runs one program, which prints to its console, and powers off: an example of `package`.
+///
+/// # Errors
+/// As [`boot`].
+pub fn boot_probe(package: &str, example: &str) -> Result<Boot> {
+    let build = ["--package", package, "--example", example];
+    make(&format!("{example}.cpio"), "probe", &build, &format!("examples/{example}"))
+}
+
+fn make(initramfs_name: &str, program_name: &str, build: &[&str], built: &str) -> Result<Boot> {
     let cache = cache();
     fs::create_dir_all(&cache)?;
     let lock = File::create(cache.join("lock"))?;
@@ -73,12 +90,12 @@ pub fn boot() -> Result<Boot> {
     let version = only_entry(&package.join("lib/modules"))?;
     let kernel = package.join("boot").join(format!("vmlinuz-{version}"));
     ensure!(kernel.exists(), "the kernel package has no {}", kernel.display());
-    let writer = build_writer(&cache)?;
-    let initramfs = cache.join(format!("initramfs-{}.cpio", std::process::id()));
+    let program = build_static(&cache, build, built)?;
+    let initramfs = cache.join(format!("{initramfs_name}-{}", std::process::id()));
     let modules = package.join("lib/modules").join(&version);
-    write_initramfs(&initramfs, &modules, &writer)?;
+    write_initramfs(&initramfs, &modules, program_name, &program)?;
     // Its own name only when whole: another process may be booting from it.
-    let finished = cache.join("initramfs.cpio");
+    let finished = cache.join(initramfs_name);
     fs::rename(&initramfs, &finished)?;
     Ok(Boot { kernel, initramfs: finished })
 }
@@ -119,27 +136,18 @@ fn only_entry(directory: &Path) -> Result<String> {
 
 /// A static program: the guest has no C library. It is built for its target by name, so that the flags do not reach the
 /// build scripts of its dependencies.
-fn build_writer(cache: &Path) -> Result<PathBuf> {
+fn build_static(cache: &Path, what: &[&str], built: &str) -> Result<PathBuf> {
     let target = "x86_64-unknown-linux-gnu";
     let directory = cache.join("writer");
     let mut build = Command::new(env!("CARGO"));
-    build.args([
-        "build",
-        "--quiet",
-        "--release",
-        "--package",
-        "guest-writer",
-        "--target",
-        target,
-        "--target-dir",
-    ]);
+    build.args(["build", "--quiet", "--release"]).args(what).args(["--target", target, "--target-dir"]);
     build.arg(&directory).current_dir(workspace()).env("RUSTFLAGS", "-C target-feature=+crt-static");
     build.env_remove("CARGO_ENCODED_RUSTFLAGS");
     run(&mut build)?;
-    Ok(directory.join(target).join("release/guest-writer"))
+    Ok(directory.join(target).join("release").join(built))
 }
 
-fn write_initramfs(path: &Path, modules: &Path, writer: &Path) -> Result<()> {
+fn write_initramfs(path: &Path, modules: &Path, name: &str, program: &Path) -> Result<()> {
     let mut archive = Cpio { file: std::io::BufWriter::new(File::create(path)?), inode: 1 };
     for directory in ["bin", "modules", "dev", "proc", "sys", "tmp"] {
         archive.entry(directory, 0o040_755, &[])?;
@@ -152,7 +160,7 @@ fn write_initramfs(path: &Path, modules: &Path, writer: &Path) -> Result<()> {
     )?;
     archive.entry("bin/sh", 0o120_777, b"busybox")?;
     archive.entry("init", 0o100_755, INIT.as_bytes())?;
-    archive.entry("guest-writer", 0o100_755, &fs::read(writer)?)?;
+    archive.entry(name, 0o100_755, &fs::read(program)?)?;
     let mut order = String::new();
     let mut done = BTreeSet::new();
     for module in MODULES {

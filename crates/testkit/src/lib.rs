@@ -49,7 +49,7 @@ pub use disk::{Cache, DiskSpec, FrontEnd, ImageFormat};
 pub use graph::BlockGraph;
 pub use guest::{Guest, GuestBuilder};
 pub use images::{raw_copy, same};
-pub use kernel::{Boot, boot, cache, run, workspace};
+pub use kernel::{Boot, boot, boot_probe, cache, run, workspace};
 pub use monitor::Monitor;
 pub use qemu::{Qemu, skip, trixie_root};
 pub use storm::{Durable, Latency, Storm, StormCounts, StormSpec};
