@@ -1,5 +1,7 @@
 //! `provider check` and `provider schema`: for those who write providers.
 
+mod real_qemu;
+
 use crate::{
     cli,
     failure::{Exit, Failure},
@@ -31,7 +33,7 @@ pub(crate) async fn run(command: &cli::Provider) -> Result<Exit, Failure> {
 async fn check(arguments: &cli::ProviderCheck) -> Result<Exit, Failure> {
     let settings = settings(arguments)?;
     let started = Instant::now();
-    let outcomes = check::check(&settings, |outcome| {
+    let tell = |outcome: &check::Outcome| {
         if !arguments.json {
             print(match &outcome.verdict {
                 Verdict::Passed => format!("  passed       {}", outcome.what),
@@ -39,8 +41,24 @@ async fn check(arguments: &cli::ProviderCheck) -> Result<Exit, Failure> {
                 Verdict::Failed(why) => format!("  FAILED       {}\n               {why}", outcome.what),
             });
         }
-    })
-    .await;
+    };
+    let mut outcomes = check::check(&settings, tell).await;
+    if outcomes.len() > 1 {
+        if real_qemu::is_there() {
+            let verdict =
+                real_qemu::check(&settings).await.map_or_else(Verdict::Failed, |()| Verdict::Passed);
+            let outcome = check::Outcome {
+                what: "keeps two points of a real QEMU's disks, and gives them back",
+                verdict,
+            };
+            tell(&outcome);
+            outcomes.push(outcome);
+        } else {
+            crate::text::note(
+                "not checked with a real QEMU: there is no qemu-system-x86_64 with its tools here",
+            );
+        }
+    }
     let count = |of: fn(&Verdict) -> bool| outcomes.iter().filter(|outcome| of(&outcome.verdict)).count();
     let failed = count(|verdict| matches!(verdict, Verdict::Failed(_)));
     let (passed, unclaimed) = (count(|v| *v == Verdict::Passed), count(|v| *v == Verdict::NotClaimed));
