@@ -11,7 +11,7 @@ use std::{
     ffi::OsString,
     fs,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 use stillpoint_testkit::{
@@ -241,6 +241,89 @@ fn whatever_a_provider_does_wrong_the_guest_and_the_chain_are_unharmed() {
         if what != "a-generation-of-its-own" {
             assert_eq!(summary["disks"][0]["bitmap_mode"], "reuse", "{what}: {summary}");
         }
+    }
+}
+
+/// A place whose provider hangs when it has the disks, and is not taken for hung for long.
+fn hanging(machine: &BareMachine, mechanism: &str) -> Place {
+    let script = workspace().join("crates/stillpoint/tests/wrong_provider.py");
+    let examples = example("");
+    let target = format!(
+        "provider = {{ program = \"/usr/bin/python3\", arguments = [{script:?}, \"hangs\", \"@/images\"], \
+         environment = {{ EXAMPLES = {examples:?} }}, options = {{ mechanism = {mechanism:?} }} }}"
+    );
+    Place::new(machine.work(), &machine.qmp(), &target)
+}
+
+/// Waits until the provider has its disks, which `sign` in the mounts or the sockets shows.
+fn await_handover(place: &Place, sign: &str) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let runtime = place.work.join("run");
+    let there = || {
+        let runs = fs::read_dir(&runtime).into_iter().flatten().flatten();
+        runs.into_iter().any(|run| run.path().join(sign).exists())
+    };
+    while !there() {
+        assert!(Instant::now() < deadline, "no {sign} below {}", runtime.display());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn a_signal_ends_a_run_whose_provider_hangs() {
+    let machine = BareMachine::with_disks(&Qemu::installed().unwrap(), &[("vda", MIB)]).unwrap();
+    let place = hanging(&machine, "nbd");
+    let mut run = place.tool.command(place.arguments(&["backup", "vm"]));
+    let run = run.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    await_handover(&place, "nbd");
+    let started = Instant::now();
+    assert!(Command::new("kill").args(["-s", "TERM", &run.id().to_string()]).status().unwrap().success());
+    let output = run.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(130), "{said}");
+    assert!(started.elapsed() < Duration::from_secs(15), "{:?}", started.elapsed());
+    assert!(said.contains("nothing of this run is left"), "{said}");
+    nothing_is_left(&place);
+}
+
+/// Mounts and loop devices of a run that was killed are cleared away by `recover`, and so is the program.
+#[test]
+fn nothing_is_left_of_a_program_whose_run_was_killed() {
+    let machine =
+        BareMachine::with_disks(&Qemu::installed().unwrap(), &[("vda", MIB), ("vdb", MIB)]).unwrap();
+    for mechanism in ["file-handle", "block-device"] {
+        let place = hanging(&machine, mechanism);
+        let mut run = place.tool.command(place.arguments(&["backup", "vm"]));
+        let mut run = run.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        await_handover(&place, "disks/vdb");
+        if mechanism == "block-device" {
+            await_loops(&place, 2);
+        }
+        run.kill().unwrap();
+        run.wait().unwrap();
+        let recovered = place.run(&["recover", "vm"]);
+        assert_eq!(recovered.status, 0, "{recovered:?}");
+        nothing_is_left(&place);
+        await_loops(&place, 0);
+        let line = fs::read_dir("/proc").unwrap().flatten().any(|process| {
+            let line = fs::read_to_string(process.path().join("cmdline")).unwrap_or_default();
+            line.contains("wrong_provider.py") && line.contains(place.work.to_str().unwrap())
+        });
+        assert!(!line, "the program is left");
+    }
+}
+
+fn await_loops(place: &Place, count: usize) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let loops = || {
+        let devices = fs::read_dir("/sys/block").unwrap().flatten();
+        let files =
+            devices.filter_map(|device| fs::read_to_string(device.path().join("loop/backing_file")).ok());
+        files.filter(|file| file.contains(place.work.to_str().unwrap())).count()
+    };
+    while loops() != count {
+        assert!(Instant::now() < deadline, "{} loop devices, not {count}", loops());
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
 
