@@ -89,7 +89,10 @@ impl DeviceHandover {
 /// Only what is asked for is to be read of a device that may not be read everywhere, and no partitions are looked for.
 async fn attach(file: PathBuf, incremental: bool) -> io::Result<PathBuf> {
     let attached = tokio::task::spawn_blocking(move || {
-        let output = Command::new("losetup").args(["--find", "--show", "--nooverlap"]).arg(&file).output()?;
+        let output = Command::new("losetup")
+            .args(["--find", "--show", "--nooverlap", "--direct-io=on"])
+            .arg(&file)
+            .output()?;
         if !output.status.success() {
             return Err(io::Error::other(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
         }
