@@ -1,6 +1,8 @@
 //! Making points.
 
-use crate::{BitmapMode, PointRecord, PointSummary, Progress, Restore, Result, VerifyReport, VolumeSource};
+use crate::{
+    BitmapMode, Depth, PointRecord, PointSummary, Progress, Restore, Result, VerifyReport, VolumeSource,
+};
 use async_trait::async_trait;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -129,6 +131,19 @@ pub trait Provider: Send + Sync {
     /// If the point cannot be examined at all. Damage is a [`Finding`](crate::Finding), not an error.
     async fn verify(&self, vm: &VmName, point: &PointId, progress: Arc<dyn Progress>)
     -> Result<VerifyReport>;
+
+    /// Verifies what is shared by all points: their index, their store, keys. `None` if points share nothing, so that
+    /// verifying each is all there is.
+    ///
+    /// # Errors
+    /// If the target cannot be examined at all.
+    async fn verify_target(
+        &self,
+        _depth: Depth,
+        _progress: Arc<dyn Progress>,
+    ) -> Result<Option<VerifyReport>> {
+        Ok(None)
+    }
 
     /// Lets go of what is held open between calls, such as a program that runs. The last call outside of a job.
     async fn close(&self) {}

@@ -37,5 +37,5 @@ pub use backup::{
 };
 pub use error::{Error, ErrorKind, Result};
 pub use record::{BitmapMode, Consistency, DiskRecord, PointRecord, PointSummary};
-pub use restore::{Finding, Progress, Restore, VerifyReport};
+pub use restore::{Depth, Finding, Progress, Restore, VerifyReport};
 pub use volume::VolumeSource;

@@ -60,3 +60,14 @@ pub struct VerifyReport {
     /// What is wrong; empty if nothing is.
     pub findings: Vec<Finding>,
 }
+
+/// How much of a target is read to verify it as a whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Depth {
+    /// That everything is there that is referred to, and what describes it can be read.
+    Structure,
+    /// That, and so many percent of the data, drawn anew each time.
+    Sample(u8),
+    /// All of it.
+    Full,
+}

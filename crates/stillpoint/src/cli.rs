@@ -36,6 +36,13 @@ pub enum Command {
     Restore(Restore),
     /// Read points again and compare them with what was recorded when they were made.
     Verify(Verify),
+    /// Forget points that no rule keeps. What they alone needed is removed by `prune`.
+    Forget(Forget),
+    /// Remove what no point needs any more from a repository.
+    Prune(Prune),
+    /// Manage the keys of a repository; each opens it with a password of its own.
+    #[command(subcommand)]
+    Key(Key),
     /// Look whether everything is in place; each finding comes with the next command to type.
     Doctor(Doctor),
     /// Undo what a run that died left in a VM.
@@ -148,13 +155,105 @@ pub enum Format {
 /// `verify`.
 #[derive(Debug, Args)]
 pub struct Verify {
-    /// Points: VM/ID or VM/latest; all points if none is given.
+    /// Points: VM/ID or VM/latest; all points, and all that they share, if none is given.
     pub points: Vec<PointName>,
     #[command(flatten)]
     pub place: Where,
+    /// Of a repository: only that everything is there that is referred to, without reading the data.
+    #[arg(long, conflicts_with_all = ["points", "sample"])]
+    pub structure: bool,
+    /// Of a repository: read only so many percent of the data, others each time.
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(1..=100), conflicts_with = "points")]
+    pub sample: Option<u8>,
     /// Print one JSON object.
     #[arg(long)]
     pub json: bool,
+}
+
+/// `forget`. A point that any rule keeps is kept; time is counted back from a VM's newest point.
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("rules").multiple(true).required(true))]
+pub struct Forget {
+    /// Only this VM's points; each VM's if none is given.
+    pub vm: Option<VmName>,
+    /// Target of the configuration file (needed only if it has several).
+    #[arg(long, value_name = "NAME")]
+    pub target: Option<String>,
+    /// Keep the newest N points.
+    #[arg(long, value_name = "N", group = "rules")]
+    pub keep_last: Option<u32>,
+    /// Keep the newest point of each of the last N hours that have one.
+    #[arg(long, value_name = "N", group = "rules")]
+    pub keep_hourly: Option<u32>,
+    /// The same of days.
+    #[arg(long, value_name = "N", group = "rules")]
+    pub keep_daily: Option<u32>,
+    /// The same of weeks.
+    #[arg(long, value_name = "N", group = "rules")]
+    pub keep_weekly: Option<u32>,
+    /// The same of months.
+    #[arg(long, value_name = "N", group = "rules")]
+    pub keep_monthly: Option<u32>,
+    /// The same of years.
+    #[arg(long, value_name = "N", group = "rules")]
+    pub keep_yearly: Option<u32>,
+    /// Keep all points of this time, such as 30d or 6mo.
+    #[arg(long, value_name = "TIME", group = "rules")]
+    pub keep_within: Option<String>,
+    /// Only tell what would be forgotten.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Make room right away, as `prune` does.
+    #[arg(long, conflicts_with = "dry_run")]
+    pub prune: bool,
+    /// Print one JSON array.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `prune`.
+#[derive(Debug, Args)]
+pub struct Prune {
+    /// Target of the configuration file (needed only if it has several).
+    #[arg(long, value_name = "NAME")]
+    pub target: Option<String>,
+    /// Only tell what would be removed.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `key`.
+#[derive(Debug, Subcommand)]
+pub enum Key {
+    /// List keys.
+    List {
+        /// Target of the configuration file (needed only if it has several).
+        #[arg(long, value_name = "NAME")]
+        target: Option<String>,
+        /// Print one JSON array.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Add a key with another password.
+    Add {
+        /// Target of the configuration file (needed only if it has several).
+        #[arg(long, value_name = "NAME")]
+        target: Option<String>,
+        /// File with the new password.
+        #[arg(long, value_name = "FILE")]
+        new_password_file: PathBuf,
+    },
+    /// Remove a key; its password opens the repository no more.
+    Remove {
+        /// Target of the configuration file (needed only if it has several).
+        #[arg(long, value_name = "NAME")]
+        target: Option<String>,
+        /// The key's name, or how it begins.
+        key: String,
+    },
 }
 
 /// `doctor`.

@@ -8,14 +8,14 @@ use crate::{
     failure::{Exit, Failure, Guest},
     interrupt::Interrupt,
     progress::BytesProgress,
-    provider_check, restore,
+    provider_check, repository, restore,
     text::{self, note, print},
     vm::{self, Found},
 };
 use serde_json::json;
 use std::{io::IsTerminal as _, path::Path, sync::Arc, time::Instant};
 use stillpoint_model::{Length, PointId, VmName};
-use stillpoint_provider::{BitmapMode, PointSummary, Provider};
+use stillpoint_provider::{BitmapMode, Depth, Finding, PointSummary, Provider, VerifyReport};
 
 /// Runs the command and tells what came of it.
 pub async fn run(cli: Cli) -> Exit {
@@ -27,7 +27,10 @@ pub async fn run(cli: Cli) -> Exit {
         Command::Doctor(arguments) => doctor::run(&cli.config, &arguments).await,
         Command::Recover(arguments) => recover(&cli.config, &arguments).await,
         Command::Provider(command) => provider_check::run(&command).await,
-        Command::Target(cli::Target::Init { name }) => init(&cli.config, &name),
+        Command::Target(cli::Target::Init { name }) => init(&cli.config, &name).await,
+        Command::Forget(arguments) => repository::forget(&cli.config, &arguments).await,
+        Command::Prune(arguments) => repository::prune(&cli.config, &arguments).await,
+        Command::Key(command) => repository::key(&cli.config, &command).await,
     };
     match result {
         Ok(exit) => exit,
@@ -206,16 +209,48 @@ async fn verify(path: &Path, arguments: &cli::Verify) -> Result<Exit, Failure> {
     verified
 }
 
+/// What all points share. `None` if they share nothing.
+async fn verify_target(provider: &dyn Provider, depth: Depth) -> Result<Option<VerifyReport>, Failure> {
+    let progress = Arc::new(BytesProgress::start(watched(), provider.name()));
+    let report = provider.verify_target(depth, Arc::clone(&progress) as _).await;
+    progress.finish();
+    let report = report.map_err(|error| provider_failure(&error, Guest::NotConcerned))?;
+    if report.is_none() && depth != Depth::Full {
+        return Err(Failure::usage(format!(
+            "{} has points of their own, which are verified whole",
+            provider.name()
+        ))
+        .next("leave out --structure and --sample"));
+    }
+    Ok(report)
+}
+
 async fn verify_points(provider: &dyn Provider, arguments: &cli::Verify) -> Result<Exit, Failure> {
+    let started = Instant::now();
+    let depth = match (arguments.structure, arguments.sample) {
+        (true, _) => Depth::Structure,
+        (false, Some(percent)) => Depth::Sample(percent),
+        (false, None) => Depth::Full,
+    };
     let mut points = Vec::new();
+    let mut shared = None;
     if arguments.points.is_empty() {
-        points.extend(list(provider, None).await?.into_iter().map(|point| (point.vm, point.id)));
+        shared = verify_target(provider, depth).await?;
+        if depth == Depth::Full {
+            points.extend(list(provider, None).await?.into_iter().map(|point| (point.vm, point.id)));
+        }
     }
     for name in &arguments.points {
         points.push((name.vm.clone(), resolve(provider, name).await?));
     }
-    let started = Instant::now();
     let (mut checked, mut damaged, mut results) = (Length::ZERO, 0usize, Vec::new());
+    if let Some(report) = &shared
+        && !arguments.json
+    {
+        let state = if report.findings.is_empty() { "good" } else { "DAMAGED" };
+        print(format!("{}  {state}, {} compared", provider.name(), text::bytes(report.checked)));
+        report.findings.iter().for_each(print_finding);
+    }
     for (vm, id) in &points {
         let progress = Arc::new(BytesProgress::start(watched(), format!("{vm}/{id}")));
         let report = provider.verify(vm, id, Arc::clone(&progress) as _).await;
@@ -225,11 +260,7 @@ async fn verify_points(provider: &dyn Provider, arguments: &cli::Verify) -> Resu
         if !report.findings.is_empty() {
             damaged = damaged.saturating_add(1);
         }
-        let findings: Vec<_> = report
-            .findings
-            .iter()
-            .map(|finding| json!({"disk": finding.disk, "offset": finding.offset, "what": finding.what}))
-            .collect();
+        let findings = &report.findings;
         results.push(json!({"vm": vm, "point": id, "checked_bytes": report.checked, "findings": findings}));
         if arguments.json {
             continue;
@@ -238,16 +269,14 @@ async fn verify_points(provider: &dyn Provider, arguments: &cli::Verify) -> Resu
             print(format!("{vm}/{id}  good, {} compared", text::bytes(report.checked)));
         } else {
             print(format!("{vm}/{id}  DAMAGED"));
-            for finding in &report.findings {
-                let disk = finding.disk.as_ref().map(|disk| format!("disk {disk}: ")).unwrap_or_default();
-                let place = finding.offset.map(|offset| format!(" (at {offset})")).unwrap_or_default();
-                print(format!("  {disk}{}{place}", finding.what));
-            }
+            report.findings.iter().for_each(print_finding);
         }
     }
+    let broken = shared.as_ref().is_some_and(|report| !report.findings.is_empty());
+    checked = checked.saturating_add(shared.as_ref().map_or(Length::ZERO, |report| report.checked));
     if arguments.json {
-        print(json!({"points": results, "damaged": damaged, "checked_bytes": checked}));
-    } else {
+        print(json!({"points": results, "damaged": damaged, "checked_bytes": checked, "target": shared}));
+    } else if !points.is_empty() {
         let good = points.len().saturating_sub(damaged);
         print(format!(
             "{good} good, {damaged} damaged; {} compared in {}",
@@ -255,11 +284,18 @@ async fn verify_points(provider: &dyn Provider, arguments: &cli::Verify) -> Resu
             text::duration(started.elapsed())
         ));
     }
-    if damaged == 0 {
-        return Ok(Exit::Done);
-    }
-    Err(Failure::new(Exit::Failed, format!("{damaged} of {} points are damaged", points.len()))
-        .next("make a new full point now: stillpoint backup VM --full"))
+    let what = match damaged {
+        0 if !broken => return Ok(Exit::Done),
+        0 => format!("{} is damaged", provider.name()),
+        _ => format!("{damaged} of {} points are damaged", points.len()),
+    };
+    Err(Failure::new(Exit::Failed, what).next("make a new full point now: stillpoint backup VM --full"))
+}
+
+fn print_finding(finding: &Finding) {
+    let disk = finding.disk.as_ref().map(|disk| format!("disk {disk}: ")).unwrap_or_default();
+    let place = finding.offset.map(|offset| format!(" (at {offset})")).unwrap_or_default();
+    print(format!("  {disk}{}{place}", finding.what));
 }
 
 async fn recover(path: &Path, arguments: &cli::Recover) -> Result<Exit, Failure> {
@@ -284,9 +320,18 @@ async fn recover(path: &Path, arguments: &cli::Recover) -> Result<Exit, Failure>
     Ok(Exit::Done)
 }
 
-fn init(path: &Path, name: &str) -> Result<Exit, Failure> {
+async fn init(path: &Path, name: &str) -> Result<Exit, Failure> {
+    let config = Config::read(path)?;
     let place = cli::Where { target: Some(name.to_owned()), to: None };
-    let provider = Config::read(path)?.provider(&place, path)?;
-    print(format!("{} needs no initialisation; the first backup makes what it needs", provider.name()));
+    let provider = config.provider(&place, path)?;
+    let Ok(repository) = config.repository(Some(name), path) else {
+        print(format!("{} needs no initialisation; the first backup makes what it needs", provider.name()));
+        return Ok(Exit::Done);
+    };
+    repository.create().await.map_err(|error| provider_failure(&error, Guest::NotConcerned))?;
+    print(format!(
+        "{} is created; keep its password in a second place: without it nothing can be restored",
+        provider.name()
+    ));
     Ok(Exit::Done)
 }

@@ -15,6 +15,7 @@ use stillpoint_model::{DiskName, Length, VmName};
 use stillpoint_provider::Provider;
 use stillpoint_provider_directory::DirectoryProvider;
 use stillpoint_provider_program::{Deadlines, ProgramProvider, Settings};
+use stillpoint_provider_restic::{PasswordSource, ResticProvider, Settings as RepositorySettings};
 use stillpoint_snapshot_access::OfflineDisk;
 
 /// Directory of fleecing images unless configured: on disk, unlike `/tmp`, and there on every Linux.
@@ -180,6 +181,14 @@ pub(crate) struct Target {
     provider: ProviderKind,
     /// Of the directory provider.
     directory: Option<PathBuf>,
+    /// Of the restic provider: where the repository is, as restic writes it.
+    repository: Option<String>,
+    /// Of the restic provider: where its password is.
+    password_file: Option<PathBuf>,
+    /// Likewise: a program and its arguments, which prints the password.
+    password_command: Option<Vec<String>>,
+    /// Likewise: a variable of the environment.
+    password_environment: Option<String>,
     /// Of a program: most bytes a second that it may read, such as `"100MiB"`.
     #[serde(default, deserialize_with = "size")]
     bandwidth_limit: Option<Length>,
@@ -187,7 +196,7 @@ pub(crate) struct Target {
 
 /// Who keeps the points.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(untagged, expecting = "a provider is \"directory\" or { program = \"/path\", ... }")]
+#[serde(untagged, expecting = "a provider is \"directory\", \"restic\" or { program = \"/path\", ... }")]
 enum ProviderKind {
     BuiltIn(String),
     Program(Program),
@@ -279,49 +288,78 @@ impl Config {
         if let Some(directory) = &place.to {
             return Ok(Box::new(DirectoryProvider::new(directory.clone())));
         }
-        let known = || self.target.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
-        let (name, target) = match &place.target {
-            Some(name) => self.target.get_key_value(name).ok_or_else(|| {
-                let known =
-                    if self.target.is_empty() { "it has none".into() } else { format!("it has {}", known()) };
-                Failure::usage(format!(
-                    "there is no target {} in {}: {known}",
-                    name.escape_debug(),
-                    path.display()
-                ))
-            })?,
-            None if self.target.len() == 1 => {
-                self.target.iter().next().ok_or_else(|| Failure::usage("no target"))?
-            }
-            None if self.target.is_empty() => {
-                return Err(Failure::usage("nothing says where the points are kept").next(format!(
-                    "name a directory with --to DIRECTORY, or add a [target.NAME] to {}",
-                    path.display()
-                )));
-            }
-            None => {
-                return Err(Failure::usage(format!("which target? {} has {}", path.display(), known()))
-                    .next("add --target NAME"));
-            }
-        };
-        match (&target.provider, &target.directory) {
-            (ProviderKind::Program(program), _) => {
+        let (name, target) = self.target(place.target.as_deref(), path)?;
+        match &target.provider {
+            ProviderKind::Program(program) => {
                 let runtime = runtime::directory();
                 stillpoint_snapshot_access::private_directory(&runtime).map_err(|error| {
                     Failure::because(Exit::Failed, "no place for the provider's sockets", &error)
                 })?;
                 Ok(Box::new(ProgramProvider::new(program.settings(target.bandwidth_limit))))
             }
-            (ProviderKind::BuiltIn(name), Some(directory)) if name == "directory" => {
-                Ok(Box::new(DirectoryProvider::new(directory.clone())))
-            }
-            (ProviderKind::BuiltIn(name), None) if name == "directory" => {
-                Err(Failure::usage("a target of provider \"directory\" says no `directory`"))
-            }
-            (ProviderKind::BuiltIn(other), _) => Err(Failure::usage(format!(
-                "target {name}: there is no provider {other:?}; there is \"directory\", and {{ program = \"/path\" }}"
+            ProviderKind::BuiltIn(kind) if kind == "directory" => match &target.directory {
+                Some(directory) => Ok(Box::new(DirectoryProvider::new(directory.clone()))),
+                None => Err(Failure::usage("a target of provider \"directory\" says no `directory`")),
+            },
+            ProviderKind::BuiltIn(kind) if kind == "restic" => Ok(Box::new(target.restic(name)?)),
+            ProviderKind::BuiltIn(other) => Err(Failure::usage(format!(
+                "target {name}: there is no provider {other:?}; there is \"directory\", \"restic\" and {{ program = \"/path\" }}"
             ))),
         }
+    }
+
+    /// Opens a target that is a repository, for what only those have.
+    ///
+    /// # Errors
+    /// If it is none.
+    pub(crate) fn repository(&self, target: Option<&str>, path: &Path) -> Result<ResticProvider, Failure> {
+        let (name, target) = self.target(target, path)?;
+        match &target.provider {
+            ProviderKind::BuiltIn(kind) if kind == "restic" => target.restic(name),
+            _ => Err(Failure::usage(format!(
+                "target {name} is not of provider \"restic\", which alone has this"
+            ))),
+        }
+    }
+
+    fn target(&self, name: Option<&str>, path: &Path) -> Result<(&str, &Target), Failure> {
+        let known = || self.target.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+        let mut all = self.target.iter().map(|(name, target)| (name.as_str(), target));
+        match name {
+            Some(name) => all.find(|(known, _)| *known == name).ok_or_else(|| {
+                let known =
+                    if self.target.is_empty() { "it has none".into() } else { format!("it has {}", known()) };
+                let (name, path) = (name.escape_debug(), path.display());
+                Failure::usage(format!("there is no target {name} in {path}: {known}"))
+            }),
+            None => match (all.next(), all.next()) {
+                (Some(only), None) => Ok(only),
+                (None, _) => Err(Failure::usage("nothing says where the points are kept").next(format!(
+                    "name a directory with --to DIRECTORY, or add a [target.NAME] to {}",
+                    path.display()
+                ))),
+                _ => Err(Failure::usage(format!("which target? {} has {}", path.display(), known()))
+                    .next("add --target NAME")),
+            },
+        }
+    }
+}
+
+impl Target {
+    fn restic(&self, name: &str) -> Result<ResticProvider, Failure> {
+        let Some(repository) = &self.repository else {
+            return Err(Failure::usage(format!("target {name} of provider \"restic\" says no `repository`")));
+        };
+        let file = self.password_file.clone().map(PasswordSource::File);
+        let command = self.password_command.clone().map(PasswordSource::Command);
+        let environment = self.password_environment.clone().map(PasswordSource::Environment);
+        let mut sources = [file, command, environment].into_iter().flatten();
+        let (Some(password), None) = (sources.next(), sources.next()) else {
+            return Err(Failure::usage(format!("target {name} needs one way to its password")).next(
+                "give `password-file`, `password-command` or `password-environment`, and not two of them",
+            ));
+        };
+        Ok(ResticProvider::new(RepositorySettings { repository: repository.clone(), password }))
     }
 }
 

@@ -20,6 +20,7 @@ mod interrupt;
 mod progress;
 mod provider_check;
 mod reach;
+mod repository;
 mod restore;
 mod runtime;
 mod summary;

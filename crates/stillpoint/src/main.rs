@@ -24,6 +24,8 @@ fn main() -> ExitCode {
         }
         return Exit::Usage.into();
     }
+    // A core dump would hold passwords and what the guests' disks hold.
+    let _ = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
     // The parser quotes what it refuses as it came, and a terminal would take it for commands.
     if let Some(argument) =
         std::env::args_os().find(|argument| argument.to_string_lossy().chars().any(char::is_control))

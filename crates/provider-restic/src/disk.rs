@@ -1,0 +1,303 @@
+//! Storing one disk: read, hash, and store what is new.
+//!
+//! Chunks are read several at a time and worked on by as many threads as there are cores; what comes out is put into
+//! packs in order. A clean chunk is taken from the parent's list of chunks and not looked at, a zero one has a known
+//! id.
+
+use crate::{
+    blob::{BlobKind, Id},
+    crypto::{self, Key, SealedBlob},
+    error::blocking,
+    index::Known,
+    pack::Saver,
+};
+use bytes::{Bytes, BytesMut};
+use futures_util::stream::{self, StreamExt as _};
+use std::{
+    cell::RefCell,
+    collections::VecDeque,
+    sync::{Arc, Mutex},
+};
+use stillpoint_model::{Extent, ExtentKind, Granularity, Length, Offset, Range};
+use stillpoint_provider::{Error, ErrorKind, Result, VolumeSource};
+use tokio::sync::Semaphore;
+
+/// Bytes of chunks that are read or worked on at once.
+const IN_FLIGHT: u64 = 24 << 20;
+/// Most bytes of one read, as the contract says.
+const MOST: Length = Length::new(32 << 20);
+
+/// What all disks of a run share.
+pub(crate) struct Workshop {
+    key: Key,
+    compress: bool,
+    known: Mutex<Known>,
+    /// A permit a core: more threads would only get in each other's way.
+    cores: Semaphore,
+}
+
+impl Workshop {
+    pub(crate) fn new(key: Key, compress: bool, known: Known) -> Self {
+        let cores = std::thread::available_parallelism().map_or(2, usize::from);
+        Self { key, compress, known: Mutex::new(known), cores: Semaphore::new(cores) }
+    }
+
+    /// The id of `content`, and the sealed blob if it is for us to store.
+    pub(crate) fn work(&self, content: &[u8]) -> Result<(Id, Option<SealedBlob>)> {
+        let id = Id::of(content);
+        Ok((id, self.seal_if_new(&id, content)?))
+    }
+
+    /// The same for a directory. Those are told apart by their points' times, so there is no use in looking for it.
+    pub(crate) fn seal_tree(&self, content: &[u8]) -> Result<(Id, Option<SealedBlob>)> {
+        Ok((Id::of(content), Some(self.seal(content)?)))
+    }
+
+    fn seal(&self, content: &[u8]) -> Result<SealedBlob> {
+        if self.compress {
+            compressed(&self.key, content)
+        } else {
+            crypto::seal_blob(&self.key, None, content)
+        }
+    }
+
+    fn seal_if_new(&self, id: &Id, content: &[u8]) -> Result<Option<SealedBlob>> {
+        let failed = |_| Error::new(ErrorKind::Io, "another part of the run failed");
+        if !self.known.lock().map_err(failed)?.claim(id) {
+            return Ok(None);
+        }
+        self.seal(content).map(Some)
+    }
+}
+
+fn compressed(key: &Key, content: &[u8]) -> Result<SealedBlob> {
+    thread_local! {
+        static COMPRESSOR: RefCell<Option<zstd::bulk::Compressor<'static>>> = const { RefCell::new(None) };
+    }
+    COMPRESSOR.with_borrow_mut(|place| {
+        let compressor = match place {
+            Some(compressor) => compressor,
+            None => place.insert(crypto::compressor()?),
+        };
+        crypto::seal_blob(key, Some(compressor), content)
+    })
+}
+
+/// What a parent point knows of a disk.
+pub(crate) struct Parent {
+    pub content: Vec<Id>,
+}
+
+/// A disk to store.
+pub(crate) struct DiskTask {
+    pub source: Arc<dyn VolumeSource>,
+    pub chunk: Granularity,
+    /// With an incremental: where clean chunks come from.
+    pub parent: Option<Parent>,
+}
+
+/// What to do about one chunk.
+enum Step {
+    Clean,
+    Zero,
+    /// Parts to read; the rest of the chunk is zero.
+    Read(Vec<Range>),
+}
+
+/// Cuts a disk's map into chunks.
+struct Cutter {
+    source: Arc<dyn VolumeSource>,
+    chunk: Length,
+    at: Offset,
+    regions: VecDeque<Extent>,
+    mapped: Offset,
+}
+
+impl Cutter {
+    /// The next chunk and what to do about it; `None` at the end of the disk.
+    async fn next(&mut self) -> Result<Option<(Range, Step)>> {
+        let end = self.source.size().get();
+        let length = self.chunk.get().min(end.saturating_sub(self.at.get()));
+        let Some(chunk) = Range::new(self.at, Length::new(length)).ok().filter(|chunk| !chunk.is_empty())
+        else {
+            return Ok(None);
+        };
+        let (mut clean, mut read) = (false, Vec::new());
+        let mut covered = chunk.start();
+        while covered < chunk.end() {
+            let Some(region) = self.regions.front().copied() else {
+                self.fetch().await?;
+                continue;
+            };
+            if let Some(part) = region.range.intersect(chunk) {
+                match region.kind {
+                    ExtentKind::Clean => clean = true,
+                    ExtentKind::Zero => {}
+                    ExtentKind::Data => read.push(part),
+                }
+            }
+            covered = region.range.end().min(chunk.end());
+            if region.range.end() > chunk.end() {
+                break;
+            }
+            self.regions.pop_front();
+        }
+        self.at = chunk.end();
+        let whole_clean = clean && read.is_empty();
+        if clean && !whole_clean {
+            return Err(Error::new(
+                ErrorKind::Source,
+                format!("the disk's map calls part of chunk {chunk} clean and part of it changed"),
+            ));
+        }
+        Ok(Some((
+            chunk,
+            if whole_clean {
+                Step::Clean
+            } else if read.is_empty() {
+                Step::Zero
+            } else {
+                Step::Read(read)
+            },
+        )))
+    }
+
+    async fn fetch(&mut self) -> Result<()> {
+        let regions = self.source.regions(self.mapped).await?;
+        let Some(last) = regions.last() else {
+            return Err(Error::new(ErrorKind::Source, "the disk's map ends before the disk does"));
+        };
+        let mapped = last.range.end();
+        for region in &regions {
+            // Nothing of these is read.
+            if region.kind != ExtentKind::Data {
+                self.source.release(region.range).await?;
+            }
+        }
+        self.mapped = mapped;
+        self.regions.extend(regions);
+        Ok(())
+    }
+}
+
+/// The parts of a chunk, put together; whatever is not in `parts` is zero.
+async fn read(source: &dyn VolumeSource, chunk: Range, parts: &[Range]) -> Result<Bytes> {
+    if let [part] = parts
+        && *part == chunk
+        && chunk.length() <= MOST
+    {
+        let bytes = source.read(chunk).await?;
+        source.release(chunk).await?;
+        return Ok(bytes);
+    }
+    let length = usize::try_from(chunk.length().get()).unwrap_or(0);
+    let mut whole = BytesMut::zeroed(length);
+    for part in parts.iter().flat_map(|part| part.chunks(MOST)) {
+        let bytes = source.read(part).await?;
+        let start = usize::try_from(part.start().get().saturating_sub(chunk.start().get())).unwrap_or(length);
+        let place = whole.get_mut(start..start.saturating_add(bytes.len()));
+        place
+            .ok_or_else(|| Error::new(ErrorKind::Source, "more was read than was asked for"))?
+            .copy_from_slice(&bytes);
+        source.release(part).await?;
+    }
+    Ok(whole.freeze())
+}
+
+/// Stores a disk, and returns the ids of its chunks.
+pub(crate) async fn store(task: DiskTask, workshop: &Arc<Workshop>, saver: &mut Saver) -> Result<Vec<Id>> {
+    let chunk = task.chunk.length();
+    let size = task.source.size().get();
+    let chunks = size.div_ceil(chunk.get().max(1));
+    if let Some(parent) = &task.parent
+        && parent.content.len() as u64 != chunks
+    {
+        return Err(Error::new(ErrorKind::Damaged, "the parent point has another number of chunks"));
+    }
+    let cutter = Cutter {
+        source: Arc::clone(&task.source),
+        chunk,
+        at: Offset::ZERO,
+        regions: VecDeque::new(),
+        mapped: Offset::ZERO,
+    };
+    let mut zeroes = Zeroes { workshop: Arc::clone(workshop), known: Vec::new() };
+    let mut content = Vec::with_capacity(usize::try_from(chunks).unwrap_or(0));
+    let in_flight = usize::try_from(IN_FLIGHT / chunk.get().max(1)).unwrap_or(1).clamp(4, 24);
+    let steps = stream::try_unfold(cutter, async |mut cutter| {
+        let step = cutter.next().await?;
+        Ok::<_, Error>(step.map(|step| (step, cutter)))
+    });
+    let work = steps.map(|step| {
+        let (workshop, source) = (Arc::clone(workshop), Arc::clone(&task.source));
+        async move {
+            let (range, step) = step?;
+            let parts = match step {
+                Step::Read(parts) => parts,
+                Step::Clean => return Ok((range, Made::Clean)),
+                Step::Zero => return Ok((range, Made::Zero)),
+            };
+            let bytes = read(source.as_ref(), range, &parts).await?;
+            let _core = workshop.cores.acquire().await;
+            let shop = Arc::clone(&workshop);
+            let made = blocking(move || {
+                if stillpoint_image::is_zero(&bytes) {
+                    return Ok(Made::Zero);
+                }
+                let (id, sealed) = shop.work(&bytes)?;
+                Ok(Made::Chunk(id, sealed))
+            })
+            .await?;
+            Ok::<_, Error>((range, made))
+        }
+    });
+    let mut work = std::pin::pin!(work.buffered(in_flight));
+    while let Some(made) = work.next().await {
+        let (range, made) = made?;
+        let id = match made {
+            Made::Chunk(id, sealed) => {
+                if let Some(sealed) = sealed {
+                    saver.add(BlobKind::Data, id, sealed).await?;
+                }
+                id
+            }
+            Made::Zero => zeroes.id(range.length().get(), saver).await?,
+            Made::Clean => {
+                let id = task.parent.as_ref().and_then(|parent| parent.content.get(content.len()));
+                *id.ok_or_else(|| {
+                    Error::new(ErrorKind::Source, "the map has clean parts, but there is no parent")
+                })?
+            }
+        };
+        content.push(id);
+    }
+    Ok(content)
+}
+
+enum Made {
+    Clean,
+    Zero,
+    Chunk(Id, Option<SealedBlob>),
+}
+
+/// Chunks of zeroes: one blob for whole chunks and one for a shorter last one, stored when they are first met.
+struct Zeroes {
+    workshop: Arc<Workshop>,
+    /// By length.
+    known: Vec<(u64, Id)>,
+}
+
+impl Zeroes {
+    async fn id(&mut self, length: u64, saver: &mut Saver) -> Result<Id> {
+        if let Some((_, id)) = self.known.iter().find(|(known, _)| *known == length) {
+            return Ok(*id);
+        }
+        let content = vec![0; usize::try_from(length).unwrap_or(0)];
+        let (id, sealed) = self.workshop.work(&content)?;
+        if let Some(sealed) = sealed {
+            saver.add(BlobKind::Data, id, sealed).await?;
+        }
+        self.known.push((length, id));
+        Ok(id)
+    }
+}

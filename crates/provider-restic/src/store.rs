@@ -1,0 +1,104 @@
+//! Where a repository's files are: a directory or an object store.
+//!
+//! rustic's own back ends are not used for this, since they know nothing of lock files and write local files under
+//! their final name; see ADR 0015. [`Files`] lets rustic use ours.
+
+mod local;
+mod object;
+mod rustic;
+
+pub(crate) use rustic::Files;
+
+use bytes::Bytes;
+use std::{io, sync::Arc};
+use stillpoint_provider::{Error, ErrorKind, Result};
+
+/// A kind of file, which is a folder of the repository.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Folder {
+    /// The one file `config`.
+    Config,
+    Keys,
+    Locks,
+    Snapshots,
+    Index,
+    /// Packs, in 256 folders by the first byte of their names.
+    Data,
+}
+
+impl Folder {
+    /// All but the configuration, which is a file.
+    pub(crate) const ALL: [Self; 5] = [Self::Keys, Self::Locks, Self::Snapshots, Self::Index, Self::Data];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Config => "config",
+            Self::Keys => "keys",
+            Self::Locks => "locks",
+            Self::Snapshots => "snapshots",
+            Self::Index => "index",
+            Self::Data => "data",
+        }
+    }
+
+    /// The path of the file `name` below the repository, with slashes.
+    pub(crate) fn path(self, name: &str) -> String {
+        match self {
+            Self::Config => "config".to_owned(),
+            Self::Data => format!("data/{}/{name}", name.get(..2).unwrap_or("00")),
+            _ => format!("{}/{name}", self.name()),
+        }
+    }
+}
+
+/// A place for files. All calls block, and may come from any thread.
+pub(crate) trait Store: Send + Sync {
+    /// What to call it in messages; without credentials.
+    fn location(&self) -> String;
+
+    /// Makes the folders of a new repository.
+    fn create(&self) -> io::Result<()>;
+
+    /// Names and sizes of the files of a folder whose names are 64 hex digits (all others are not restic's), or of
+    /// the configuration if it is there. A folder that is not there is empty.
+    fn list(&self, folder: Folder) -> io::Result<Vec<(String, u64)>>;
+
+    /// A whole file.
+    fn read(&self, folder: Folder, name: &str) -> io::Result<Bytes>;
+
+    /// Part of a file; all of it or an error.
+    fn read_part(&self, folder: Folder, name: &str, offset: u64, length: u64) -> io::Result<Bytes>;
+
+    /// Writes a file, whole or not at all. One of the same name that is there already holds the same.
+    fn write(&self, folder: Folder, name: &str, content: &[Bytes]) -> io::Result<()>;
+
+    /// Removes a file. One that is not there is no error.
+    fn remove(&self, folder: Folder, name: &str) -> io::Result<()>;
+
+    /// Returns when all that was written by this process survives a loss of power.
+    fn sync(&self) -> io::Result<()>;
+}
+
+/// Opens the store at a location as restic writes it: a path, `s3:https://host/bucket/path`, `sftp:user@host:/path`.
+pub(crate) fn open(location: &str) -> Result<Arc<dyn Store>> {
+    match location.split_once(':') {
+        Some(("s3", rest)) => Ok(Arc::new(object::ObjectStore::s3(rest)?)),
+        Some(("sftp", rest)) => Ok(Arc::new(object::ObjectStore::sftp(rest)?)),
+        Some(("local", path)) => Ok(Arc::new(local::LocalStore::new(path.into()))),
+        Some((scheme, _)) if !scheme.contains('/') => Err(Error::new(
+            ErrorKind::TargetMissing,
+            format!(
+                "there is no way to a repository at {location:?}: it is a path, s3:https://HOST/BUCKET[/PATH] or sftp:[USER@]HOST:/PATH"
+            ),
+        )),
+        _ => Ok(Arc::new(local::LocalStore::new(location.into()))),
+    }
+}
+
+fn is_file_name(name: &str) -> bool {
+    crate::blob::Id::parse(name).is_some()
+}
+
+fn not_found(path: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::NotFound, format!("{path} is not there"))
+}

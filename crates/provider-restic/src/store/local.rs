@@ -1,0 +1,274 @@
+//! A repository in a directory.
+
+use super::{Folder, Store, is_file_name, not_found};
+use bytes::Bytes;
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, openat};
+use std::{
+    collections::BTreeSet,
+    fs::{self, DirBuilder, File},
+    io::{self, IoSlice, Read as _, Write as _},
+    os::{
+        fd::AsRawFd as _,
+        unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _},
+    },
+    path::{Path, PathBuf},
+    sync::Mutex,
+};
+
+/// Files of a directory. Each file is complete and durable before it gets its name, so a loss of power or a kill
+/// leaves no half of one.
+pub(super) struct LocalStore {
+    path: PathBuf,
+    /// Directories with names that may not be durable yet.
+    unsynced: Mutex<BTreeSet<PathBuf>>,
+}
+
+impl LocalStore {
+    pub(super) fn new(path: PathBuf) -> Self {
+        Self { path, unsynced: Mutex::default() }
+    }
+
+    fn file(&self, folder: Folder, name: &str) -> PathBuf {
+        self.path.join(folder.path(name))
+    }
+
+    fn touched(&self, directory: &Path) {
+        if let Ok(mut unsynced) = self.unsynced.lock() {
+            unsynced.insert(directory.to_owned());
+        }
+    }
+
+    /// Makes a directory that is not there, and sees that it lasts.
+    fn make(&self, directory: &Path) -> io::Result<()> {
+        match DirBuilder::new().mode(0o700).create(directory) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            made => {
+                if let Some(parent) = directory.parent() {
+                    self.touched(parent);
+                }
+                made
+            }
+        }
+    }
+
+    fn list_directory(directory: &Path, found: &mut Vec<(String, u64)>) -> io::Result<()> {
+        let entries = match fs::read_dir(directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            entries => entries.map_err(|error| at(directory, error))?,
+        };
+        for entry in entries {
+            let entry = entry?;
+            let Ok(name) = entry.file_name().into_string() else { continue };
+            if !is_file_name(&name) {
+                continue;
+            }
+            match entry.metadata() {
+                Ok(metadata) => found.push((name, metadata.len())),
+                // Somebody else removes files, too.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(at(&entry.path(), error)),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn at(path: &Path, error: io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+}
+
+fn write_all(file: &mut File, content: &[Bytes]) -> io::Result<()> {
+    let mut slices: Vec<_> = content.iter().map(|part| IoSlice::new(part)).collect();
+    let mut slices = slices.as_mut_slice();
+    while !slices.is_empty() {
+        match file.write_vectored(slices) {
+            Ok(0) if slices.iter().all(|slice| slice.is_empty()) => break,
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => IoSlice::advance_slices(&mut slices, written),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    file.sync_data()
+}
+
+/// Whether the file at `path` is as long as `content`. Names are made from what is in them, so then it is the same,
+/// or damaged in a way that only reading it would show.
+fn is_there(path: &Path, content: &[Bytes]) -> bool {
+    let length: usize = content.iter().map(Bytes::len).sum();
+    fs::metadata(path).is_ok_and(|metadata| metadata.len() == length as u64)
+}
+
+impl Store for LocalStore {
+    fn location(&self) -> String {
+        self.path.display().to_string()
+    }
+
+    fn create(&self) -> io::Result<()> {
+        self.make(&self.path).map_err(|error| at(&self.path, error))?;
+        for folder in Folder::ALL {
+            self.make(&self.path.join(folder.name()))?;
+        }
+        for first in 0..=u8::MAX {
+            self.make(&self.path.join("data").join(format!("{first:02x}")))?;
+        }
+        self.sync()
+    }
+
+    fn list(&self, folder: Folder) -> io::Result<Vec<(String, u64)>> {
+        let mut found = Vec::new();
+        let path = self.path.join(folder.name());
+        match folder {
+            Folder::Config => match fs::metadata(&path) {
+                Ok(metadata) if metadata.is_file() => found.push(("config".to_owned(), metadata.len())),
+                Ok(_) => {}
+                Err(error)
+                    if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {}
+                Err(error) => return Err(at(&path, error)),
+            },
+            Folder::Data => {
+                for first in 0..=u8::MAX {
+                    Self::list_directory(&path.join(format!("{first:02x}")), &mut found)?;
+                }
+            }
+            _ => Self::list_directory(&path, &mut found)?,
+        }
+        Ok(found)
+    }
+
+    fn read(&self, folder: Folder, name: &str) -> io::Result<Bytes> {
+        let path = self.file(folder, name);
+        let read = || {
+            let mut file = File::open(&path)?;
+            let mut content = Vec::new();
+            file.read_to_end(&mut content)?;
+            Ok(content.into())
+        };
+        read().map_err(|error: io::Error| match error.kind() {
+            io::ErrorKind::NotFound => not_found(&path.display().to_string()),
+            _ => at(&path, error),
+        })
+    }
+
+    fn read_part(&self, folder: Folder, name: &str, offset: u64, length: u64) -> io::Result<Bytes> {
+        let path = self.file(folder, name);
+        let read = || {
+            let file = File::open(&path)?;
+            let length = usize::try_from(length).map_err(|_| io::ErrorKind::InvalidInput)?;
+            let mut content = vec![0; length];
+            file.read_exact_at(&mut content, offset)?;
+            Ok(content.into())
+        };
+        read().map_err(|error: io::Error| match error.kind() {
+            io::ErrorKind::NotFound => not_found(&path.display().to_string()),
+            _ => at(&path, error),
+        })
+    }
+
+    fn write(&self, folder: Folder, name: &str, content: &[Bytes]) -> io::Result<()> {
+        let path = self.file(folder, name);
+        let directory = path.parent().unwrap_or(&self.path);
+        let write = || -> io::Result<()> {
+            if is_there(&path, content) {
+                return Ok(());
+            }
+            // A repository that was copied without its empty folders, or made by an older restic.
+            if !directory.is_dir() {
+                self.make(directory)?;
+            }
+            let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
+            match openat(CWD, directory, flags, Mode::from_raw_mode(0o600)) {
+                Ok(file) => {
+                    let mut file = File::from(file);
+                    write_all(&mut file, content)?;
+                    let unnamed = format!("/proc/self/fd/{}", file.as_raw_fd());
+                    match linkat(CWD, &*unnamed, CWD, &path, AtFlags::SYMLINK_FOLLOW) {
+                        // Of another length, so damaged: it makes room.
+                        Err(rustix::io::Errno::EXIST) if !is_there(&path, content) => {
+                            fs::remove_file(&path)?;
+                            linkat(CWD, &*unnamed, CWD, &path, AtFlags::SYMLINK_FOLLOW)?;
+                        }
+                        Err(rustix::io::Errno::EXIST) => {}
+                        linked => linked?,
+                    }
+                }
+                // Network file systems have none. The name is none that restic would take for a file of its own.
+                Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR | rustix::io::Errno::INVAL) => {
+                    let partial = directory.join(format!("{name}-tmp-{}", std::process::id()));
+                    let written = fs::OpenOptions::new()
+                        .write(true)
+                        .create(true)
+                        .truncate(true)
+                        .mode(0o600)
+                        .open(&partial)
+                        .and_then(|mut file| write_all(&mut file, content))
+                        .and_then(|()| fs::rename(&partial, &path));
+                    if let Err(error) = written {
+                        let _ = fs::remove_file(&partial);
+                        return Err(error);
+                    }
+                }
+                Err(error) => return Err(error.into()),
+            }
+            self.touched(directory);
+            Ok(())
+        };
+        write().map_err(|error| at(&path, error))
+    }
+
+    fn remove(&self, folder: Folder, name: &str) -> io::Result<()> {
+        let path = self.file(folder, name);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at(&path, error)),
+            _ => {
+                if let Some(directory) = path.parent() {
+                    self.touched(directory);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let directories = self.unsynced.lock().map(|mut set| std::mem::take(&mut *set)).unwrap_or_default();
+        for directory in directories {
+            let synced = File::open(&directory).and_then(|directory| directory.sync_all());
+            if let Err(error) = synced {
+                self.touched(&directory);
+                return Err(at(&directory, error));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn a_file_is_written_whole_listed_read_and_removed() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = LocalStore::new(directory.path().join("repository"));
+        store.create().unwrap();
+        let name = crate::blob::Id::of(b"x").to_string();
+        for folder in Folder::ALL {
+            store
+                .write(folder, &name, &[Bytes::from_static(b"ab"), Bytes::new(), Bytes::from_static(b"c")])
+                .unwrap();
+            assert_eq!(store.list(folder).unwrap(), [(name.clone(), 3)]);
+            assert_eq!(&store.read(folder, &name).unwrap()[..], b"abc");
+            assert_eq!(&store.read_part(folder, &name, 1, 2).unwrap()[..], b"bc");
+            assert!(store.read_part(folder, &name, 2, 2).is_err());
+            // The same again is fine, and one that was cut short is replaced.
+            fs::write(store.file(folder, &name), b"a").unwrap();
+            store.write(folder, &name, &[Bytes::from_static(b"abc")]).unwrap();
+            assert_eq!(&store.read(folder, &name).unwrap()[..], b"abc");
+            store.sync().unwrap();
+            store.remove(folder, &name).unwrap();
+            store.remove(folder, &name).unwrap();
+            assert_eq!(store.list(folder).unwrap(), []);
+        }
+        assert_eq!(store.list(Folder::Config).unwrap(), []);
+    }
+}

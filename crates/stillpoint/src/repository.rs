@@ -1,0 +1,131 @@
+//! Care for targets that are repositories: `forget`, `prune`, `key`.
+
+use crate::{
+    backup::provider_failure,
+    cli,
+    config::Config,
+    failure::{Exit, Failure, Guest},
+    text::{self, note, print},
+};
+use serde_json::json;
+use std::path::Path;
+use stillpoint_model::Length;
+use stillpoint_provider_restic::{PasswordSource, Pruned, ResticProvider, Retention};
+
+fn failed(error: &stillpoint_provider::Error) -> Failure {
+    provider_failure(error, Guest::NotConcerned)
+}
+
+/// Applies the rules, VM by VM.
+///
+/// # Errors
+/// If the target is no repository, or the repository refuses.
+pub(crate) async fn forget(path: &Path, arguments: &cli::Forget) -> Result<Exit, Failure> {
+    let repository = Config::read(path)?.repository(arguments.target.as_deref(), path)?;
+    let retention = Retention {
+        last: arguments.keep_last,
+        hourly: arguments.keep_hourly,
+        daily: arguments.keep_daily,
+        weekly: arguments.keep_weekly,
+        monthly: arguments.keep_monthly,
+        yearly: arguments.keep_yearly,
+        within: arguments.keep_within.clone(),
+    };
+    let kept = repository.forget(arguments.vm.as_ref(), &retention, arguments.dry_run).await;
+    let kept = kept.map_err(|error| match error.kind() {
+        // It is about the rules, or about a point that the rules are applied to.
+        stillpoint_provider::ErrorKind::NotFound => Failure::usage(crate::failure::chain(&error)),
+        _ => failed(&error),
+    })?;
+    let forgotten = kept.iter().filter(|point| !point.keep).count();
+    let pruned = match arguments.prune {
+        true => Some(repository.prune(false).await.map_err(|error| failed(&error))?),
+        false => None,
+    };
+    if arguments.json {
+        print(
+            json!({"points": kept, "forgotten": forgotten, "dry_run": arguments.dry_run, "pruned": pruned}),
+        );
+        return Ok(Exit::Done);
+    }
+    for point in &kept {
+        let state = match (point.keep, arguments.dry_run) {
+            (true, _) => format!("kept: {}", point.reasons.join(", ")),
+            (false, true) => "would be forgotten".to_owned(),
+            (false, false) => "forgotten".to_owned(),
+        };
+        print(format!("{}/{}  {state}", point.vm, point.point));
+    }
+    let left = kept.len().saturating_sub(forgotten);
+    let would = if arguments.dry_run { "would be " } else { "" };
+    print(format!("{forgotten} points {would}forgotten, {left} kept"));
+    match pruned {
+        Some(pruned) => tell(&pruned, false),
+        None if forgotten > 0 && !arguments.dry_run => note("to make room: stillpoint prune"),
+        None => {}
+    }
+    Ok(Exit::Done)
+}
+
+/// Makes room.
+///
+/// # Errors
+/// If the target is no repository, or the repository refuses.
+pub(crate) async fn prune(path: &Path, arguments: &cli::Prune) -> Result<Exit, Failure> {
+    let repository = Config::read(path)?.repository(arguments.target.as_deref(), path)?;
+    let pruned = repository.prune(arguments.dry_run).await.map_err(|error| failed(&error))?;
+    if arguments.json {
+        print(json!({"dry_run": arguments.dry_run, "pruned": pruned}));
+    } else {
+        tell(&pruned, arguments.dry_run);
+    }
+    Ok(Exit::Done)
+}
+
+fn tell(pruned: &Pruned, dry_run: bool) {
+    let would = if dry_run { "would be " } else { "" };
+    let bytes = |bytes| text::bytes(Length::new(bytes));
+    print(format!(
+        "{} {would}freed in {} packs, {} {would}written anew; {} are in use",
+        bytes(pruned.freed_bytes),
+        pruned.removed_packs,
+        bytes(pruned.repacked_bytes),
+        bytes(pruned.used_bytes)
+    ));
+}
+
+/// Lists, adds or removes a key.
+///
+/// # Errors
+/// If the target is no repository, or the repository refuses.
+pub(crate) async fn key(path: &Path, command: &cli::Key) -> Result<Exit, Failure> {
+    let open = |target: &Option<String>| -> Result<ResticProvider, Failure> {
+        Config::read(path)?.repository(target.as_deref(), path)
+    };
+    match command {
+        cli::Key::List { target, json } => {
+            let keys = open(target)?.keys().await.map_err(|error| failed(&error))?;
+            if *json {
+                print(serde_json::to_string_pretty(&keys).unwrap_or_default());
+                return Ok(Exit::Done);
+            }
+            for key in keys {
+                let current = if key.current { "*" } else { " " };
+                print(format!("{current} {}  {}", key.id.get(..12).unwrap_or(&key.id), key.made));
+            }
+        }
+        cli::Key::Add { target, new_password_file } => {
+            let password = PasswordSource::File(new_password_file.clone());
+            let id = open(target)?.add_key(&password).await.map_err(|error| failed(&error))?;
+            print(format!("key {} is added", id.get(..12).unwrap_or(&id)));
+        }
+        cli::Key::Remove { target, key } => {
+            let id = open(target)?.remove_key(key).await.map_err(|error| match error.kind() {
+                stillpoint_provider::ErrorKind::NotFound => Failure::usage(error.to_string()),
+                _ => failed(&error),
+            })?;
+            print(format!("key {} is removed", id.get(..12).unwrap_or(&id)));
+        }
+    }
+    Ok(Exit::Done)
+}
