@@ -96,11 +96,7 @@ impl ResticBackup {
     }
 
     /// What to answer for one disk: the newest offered generation that is held whole at this size, or why none is.
-    fn answer(
-        &mut self,
-        offer: &DiskOffer,
-        points: &[(PointId, EarlierPoint)],
-    ) -> Incremental {
+    fn answer(&mut self, offer: &DiskOffer, points: &[(PointId, EarlierPoint)]) -> Incremental {
         let mut why_not = None;
         for (id, earlier) in points.iter().rev() {
             let disk = earlier.as_ref().ok().and_then(|disks| disks.get(&offer.name));

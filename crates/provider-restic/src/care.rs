@@ -3,7 +3,7 @@
 use crate::{
     blob::Id,
     error::{blocking, in_one_line, rustic, stored},
-    lock::{self, Lock},
+    lock::Lock,
     password::PasswordSource,
     provider::ResticProvider,
     repository::{Repository, key_options},
@@ -186,12 +186,9 @@ impl ResticProvider {
 }
 
 async fn alone(repository: &Arc<Repository>) -> Result<Lock> {
-    let opened = Arc::clone(repository);
-    let stale = blocking(move || lock::remove_stale(&opened)).await?;
-    if stale > 0 {
-        tracing::info!(stale, "locks of the dead were removed");
-    }
-    Lock::take(repository, true).await
+    let lock = Lock::take(repository, true).await?;
+    stillpoint_failpoint::reached("restic-alone");
+    Ok(lock)
 }
 
 fn forget(

@@ -82,7 +82,7 @@ fn is_alive(pid: u32) -> bool {
     pid.is_some_and(|pid| !matches!(rustix::process::test_kill_process(pid), Err(rustix::io::Errno::SRCH)))
 }
 
-/// Which others are in the way.
+/// Whether others are in the way. Locks of the dead are removed.
 fn conflicts(repository: &Repository, exclusive: bool, own: Option<&str>) -> Result<()> {
     let place = repository.location();
     let failed = |error| stored(format!("cannot read the locks of {place}"), error);
@@ -108,7 +108,12 @@ fn conflicts(repository: &Repository, exclusive: bool, own: Option<&str>) -> Res
                 .because(crate::error::in_one_line(&error)));
             }
         };
-        if (exclusive || other.exclusive) && !other.is_stale(Timestamp::now()) {
+        if other.is_stale(Timestamp::now()) {
+            // It would stand in restic's way, which asks for `restic unlock`.
+            remove(repository, &name);
+            continue;
+        }
+        if exclusive || other.exclusive {
             let how = if other.exclusive { "exclusively " } else { "" };
             return Err(Error::new(
                 ErrorKind::Locked,
@@ -243,22 +248,6 @@ async fn refresh(repository: Arc<Repository>, exclusive: bool, current: Arc<Mute
             );
         }
     }
-}
-
-/// Removes locks whose holders are gone, before work that needs to be alone.
-pub(crate) fn remove_stale(repository: &Repository) -> Result<usize> {
-    let locks =
-        repository.store.list(Folder::Locks).map_err(|error| stored("cannot read the locks", error))?;
-    let mut removed = 0usize;
-    for (name, _) in locks {
-        let Ok(json) = repository.read_file(Folder::Locks, &name, LARGEST) else { continue };
-        let Ok(lock) = serde_json::from_slice::<LockFile>(&json) else { continue };
-        if lock.is_stale(Timestamp::now()) {
-            remove(repository, &name);
-            removed = removed.saturating_add(1);
-        }
-    }
-    Ok(removed)
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::tool;
+use common::{Place, tool};
 use serde_json::Value;
 use std::{
     ffi::OsString,
@@ -34,50 +34,6 @@ fn example(name: &str) -> PathBuf {
     workspace().join("examples/providers").join(name)
 }
 
-/// The program under test with a target that is a provider program.
-struct Place {
-    tool: Tool,
-    config: PathBuf,
-    work: PathBuf,
-}
-
-impl Place {
-    /// `target` is what stands under `[target.main]`; `@` in it stands for `work`.
-    fn new(work: &Path, qmp: &Path, target: &str) -> Self {
-        let config = work.join("program.toml");
-        let target = target.replace('@', work.to_str().unwrap());
-        fs::write(&config, format!("[vm.vm]\nqmp = {qmp:?}\n[target.main]\n{target}\n")).unwrap();
-        Self { tool: tool(work), config, work: work.to_owned() }
-    }
-
-    fn arguments(&self, line: &[&str]) -> Vec<OsString> {
-        let config = ["--config".into(), self.config.clone().into()];
-        config.into_iter().chain(line.iter().map(OsString::from)).collect()
-    }
-
-    fn run(&self, line: &[&str]) -> Outcome {
-        self.tool.run(self.arguments(line)).unwrap()
-    }
-
-    fn backup(&self) -> Value {
-        let outcome = self.run(&["backup", "vm", "--json"]);
-        assert_eq!(outcome.status, 0, "{}", outcome.stderr);
-        outcome.json().unwrap()
-    }
-
-    fn judge(&self, summary: &Value, storm: &Storm) -> u64 {
-        let output = tempfile::tempdir_in(&self.work).unwrap();
-        let restored = output.path().join("restored");
-        let point = common::point_name(summary);
-        let outcome = self.run(&["restore", &point, "--output", restored.to_str().unwrap()]);
-        assert_eq!(outcome.status, 0, "{}", outcome.stderr);
-        let images: Vec<_> = DISKS.iter().map(|disk| restored.join(format!("{disk}.raw"))).collect();
-        let verdict = oracle::check(&images, &storm.layout, storm.run).unwrap();
-        assert!(verdict.is_valid(), "{point}: {:?}", verdict.violations);
-        verdict.operations()
-    }
-}
-
 /// A full point and three increments of a guest that writes at full speed, each restored and put before the oracle.
 fn points(place: &Place, guest: &mut Guest, seed: u64) {
     let before = guest.block_graph().unwrap();
@@ -93,7 +49,7 @@ fn points(place: &Place, guest: &mut Guest, seed: u64) {
         points.push(summary);
     }
     assert_eq!(guest.stop_storm().unwrap().errors, 0);
-    let operations: Vec<_> = points.iter().map(|point| place.judge(point, &storm)).collect();
+    let operations: Vec<_> = points.iter().map(|point| place.judge(point, &DISKS, &storm)).collect();
     println!("operations in each point, 0 violations: {operations:?}");
     assert_eq!(guest.block_graph().unwrap().without_bitmaps(), before);
     let verified = place.run(&["verify"]);

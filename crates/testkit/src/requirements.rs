@@ -32,6 +32,7 @@ pub const REQUIREMENTS: &[Requirement] = &[
     needs("bindfs", "bindfs", "storage that can be made slow or stuck"),
     needs("/usr/share/OVMF/OVMF_VARS_4M.fd", "ovmf", "firmware that writes UEFI variables"),
     needs("borg", "borgbackup", "an example provider keeps points with it"),
+    needs("restic", "restic", "reads repositories as others do"),
     needs("python3", "python3", "the example providers"),
     needs("losetup", "mount", "block devices for providers"),
     needs("busybox", "busybox-static", "the guest's user land"),

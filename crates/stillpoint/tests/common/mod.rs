@@ -22,6 +22,51 @@ pub fn tool(runtime: &Path) -> Tool {
     Tool::new(env!("CARGO_BIN_EXE_stillpoint"), runtime)
 }
 
+/// The program under test with a target of a configuration file.
+pub struct Place {
+    pub tool: Tool,
+    pub config: PathBuf,
+    pub work: PathBuf,
+}
+
+impl Place {
+    /// `target` is what stands under `[target.main]`; `@` in it stands for `work`.
+    pub fn new(work: &Path, qmp: &Path, target: &str) -> Self {
+        let config = work.join("stillpoint.toml");
+        let target = target.replace('@', work.to_str().unwrap());
+        std::fs::write(&config, format!("[vm.vm]\nqmp = {qmp:?}\n[target.main]\n{target}\n")).unwrap();
+        Self { tool: tool(work), config, work: work.to_owned() }
+    }
+
+    pub fn arguments(&self, line: &[&str]) -> Vec<OsString> {
+        let config = ["--config".into(), self.config.clone().into()];
+        config.into_iter().chain(line.iter().map(OsString::from)).collect()
+    }
+
+    pub fn run(&self, line: &[&str]) -> Outcome {
+        self.tool.run(self.arguments(line)).unwrap()
+    }
+
+    pub fn backup(&self) -> Value {
+        let outcome = self.run(&["backup", "vm", "--json"]);
+        assert_eq!(outcome.status, 0, "{}", outcome.stderr);
+        outcome.json().unwrap()
+    }
+
+    /// Restores a point and asks the oracle; returns the operations in it.
+    pub fn judge(&self, summary: &Value, disks: &[&str], storm: &Storm) -> u64 {
+        let output = tempfile::tempdir_in(&self.work).unwrap();
+        let restored = output.path().join("restored");
+        let point = point_name(summary);
+        let outcome = self.run(&["restore", &point, "--output", restored.to_str().unwrap()]);
+        assert_eq!(outcome.status, 0, "{}", outcome.stderr);
+        let images: Vec<_> = disks.iter().map(|disk| restored.join(format!("{disk}.raw"))).collect();
+        let verdict = oracle::check(&images, &storm.layout, storm.run).unwrap();
+        assert!(verdict.is_valid(), "{point}: {:?}", verdict.violations);
+        verdict.operations()
+    }
+}
+
 /// The point's name as it is typed.
 pub fn point_name(summary: &Value) -> String {
     format!("{}/{}", summary["vm"].as_str().unwrap(), summary["point"].as_str().unwrap())
