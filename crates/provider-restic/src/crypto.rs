@@ -29,7 +29,7 @@ impl Key {
     }
 
     /// Encrypts what stands in `buffer` after its first 16 bytes, which become the nonce.
-    pub(crate) fn seal(&self, buffer: &mut Vec<u8>) -> Result<()> {
+    fn seal(&self, buffer: &mut Vec<u8>) -> Result<()> {
         let failed = || Error::new(ErrorKind::Io, "encrypting failed");
         let (nonce, text) = buffer.split_at_mut_checked(HALF).ok_or_else(failed)?;
         random(nonce)?;
@@ -83,41 +83,45 @@ pub(crate) struct SealedBlob {
     pub uncompressed: Option<u32>,
 }
 
+/// What a thread needs to compress one blob after the other.
+pub(crate) struct Compressor {
+    zstd: zstd::bulk::Compressor<'static>,
+    /// Room for what comes out, which is used again: fresh memory costs more than compressing fast.
+    room: Vec<u8>,
+}
+
+impl Compressor {
+    /// A compressor of our level.
+    pub(crate) fn new() -> Result<Self> {
+        let zstd = zstd::bulk::Compressor::new(LEVEL)
+            .map_err(|error| Error::new(ErrorKind::Io, "zstd cannot be used").because(error))?;
+        Ok(Self { zstd, room: Vec::new() })
+    }
+
+    /// `content` compressed, if that makes it smaller.
+    fn compress(&mut self, content: &[u8]) -> Result<Option<&[u8]>> {
+        let bound = zstd::zstd_safe::compress_bound(content.len());
+        if self.room.len() < bound {
+            self.room.resize(bound, 0);
+        }
+        let failed = |error| Error::new(ErrorKind::Io, "compressing failed").because(error);
+        let length = self.zstd.compress_to_buffer(content, self.room.as_mut_slice()).map_err(failed)?;
+        Ok(self.room.get(..length).filter(|packed| packed.len() < content.len()))
+    }
+}
+
 /// Seals a blob. `compressor` is `None` for a repository whose format has no compression.
 pub(crate) fn seal_blob(
     key: &Key,
-    compressor: Option<&mut zstd::bulk::Compressor<'static>>,
+    compressor: Option<&mut Compressor>,
     content: &[u8],
 ) -> Result<SealedBlob> {
-    let mut buffer = Vec::new();
-    let mut uncompressed = None;
-    if let Some(compressor) = compressor {
-        let bound = zstd::zstd_safe::compress_bound(content.len());
-        buffer.resize(HALF.saturating_add(bound), 0);
-        let place = buffer.get_mut(HALF..).unwrap_or_default();
-        let failed = |error| Error::new(ErrorKind::Io, "compressing failed").because(error);
-        let length = compressor.compress_to_buffer(content, place).map_err(failed)?;
-        if length < content.len() {
-            buffer.truncate(HALF.saturating_add(length));
-            uncompressed = u32::try_from(content.len()).ok();
-        }
-    }
-    if uncompressed.is_none() {
-        buffer.clear();
-        buffer.reserve_exact(content.len().saturating_add(OVERHEAD));
-        buffer.resize(HALF, 0);
-        buffer.extend_from_slice(content);
-    }
-    key.seal(&mut buffer)?;
-    // What compression did not need would be held until the pack is written.
-    buffer.shrink_to_fit();
-    Ok(SealedBlob { bytes: buffer, uncompressed })
-}
-
-/// A compressor of our level.
-pub(crate) fn compressor() -> Result<zstd::bulk::Compressor<'static>> {
-    zstd::bulk::Compressor::new(LEVEL)
-        .map_err(|error| Error::new(ErrorKind::Io, "zstd cannot be used").because(error))
+    let packed = match compressor {
+        Some(compressor) => compressor.compress(content)?,
+        None => None,
+    };
+    let uncompressed = packed.and_then(|_| u32::try_from(content.len()).ok());
+    Ok(SealedBlob { bytes: key.encrypt(packed.unwrap_or(content))?, uncompressed })
 }
 
 /// Undoes [`seal_blob`]; never more than `uncompressed` bytes come out.
@@ -175,7 +179,7 @@ mod test {
     #[test]
     fn what_is_sealed_opens_again_and_a_flipped_bit_does_not() {
         let content: Vec<u8> = (0..100_000u32).flat_map(|i| (i / 7).to_le_bytes()).collect();
-        let mut compressor = compressor().unwrap();
+        let mut compressor = Compressor::new().unwrap();
         for compressor in [None, Some(&mut compressor)] {
             let sealed = seal_blob(&key(), compressor, &content).unwrap();
             assert_eq!(open_blob(&key(), &sealed.bytes, sealed.uncompressed).unwrap(), content);
@@ -194,7 +198,7 @@ mod test {
     fn noise_is_not_made_larger_by_compression() {
         let mut noise = vec![0; 1 << 16];
         random(&mut noise).unwrap();
-        let sealed = seal_blob(&key(), Some(&mut compressor().unwrap()), &noise).unwrap();
+        let sealed = seal_blob(&key(), Some(&mut Compressor::new().unwrap()), &noise).unwrap();
         assert_eq!((sealed.uncompressed, sealed.bytes.len()), (None, noise.len() + OVERHEAD));
     }
 }

@@ -6,7 +6,7 @@
 
 use crate::{
     blob::{BlobKind, Id},
-    crypto::{self, Key, SealedBlob},
+    crypto::{self, Compressor, Key, SealedBlob},
     error::blocking,
     index::Known,
     pack::Saver,
@@ -72,12 +72,12 @@ impl Workshop {
 
 fn compressed(key: &Key, content: &[u8]) -> Result<SealedBlob> {
     thread_local! {
-        static COMPRESSOR: RefCell<Option<zstd::bulk::Compressor<'static>>> = const { RefCell::new(None) };
+        static COMPRESSOR: RefCell<Option<Compressor>> = const { RefCell::new(None) };
     }
     COMPRESSOR.with_borrow_mut(|place| {
         let compressor = match place {
             Some(compressor) => compressor,
-            None => place.insert(crypto::compressor()?),
+            None => place.insert(Compressor::new()?),
         };
         crypto::seal_blob(key, Some(compressor), content)
     })

@@ -77,6 +77,45 @@ fn at(path: &Path, error: io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
+/// Memory and file offsets of direct I/O are multiples of this on every common device.
+const ALIGNMENT: usize = 4096;
+/// Bytes written at once.
+const PIECE: usize = 4 << 20;
+/// From this size on a file is written past the page cache: copying into it costs as much as compressing, and a
+/// hypervisor's memory is its guests'.
+const LARGE: usize = 1 << 20;
+
+/// Writes `content` past the page cache, and makes it durable.
+fn write_direct(file: &File, content: &[Bytes]) -> io::Result<()> {
+    let length: usize = content.iter().map(Bytes::len).sum();
+    let mut room = vec![0; PIECE + ALIGNMENT];
+    let start = room.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
+    let piece = room.get_mut(start..start.saturating_add(PIECE)).ok_or(io::ErrorKind::InvalidInput)?;
+    let (mut filled, mut at) = (0usize, 0u64);
+    for part in content {
+        let mut part: &[u8] = part;
+        while !part.is_empty() {
+            let free = piece.get_mut(filled..).unwrap_or_default();
+            let (now, later) = part.split_at(part.len().min(free.len()));
+            free.get_mut(..now.len()).unwrap_or_default().copy_from_slice(now);
+            filled = filled.saturating_add(now.len());
+            part = later;
+            if filled == piece.len() {
+                file.write_all_at(piece, at)?;
+                at = at.saturating_add(filled as u64);
+                filled = 0;
+            }
+        }
+    }
+    if filled > 0 {
+        // The last block is written whole, and the file cut to its length.
+        let padded = filled.next_multiple_of(ALIGNMENT);
+        file.write_all_at(piece.get(..padded).unwrap_or(piece), at)?;
+        file.set_len(length as u64)?;
+    }
+    file.sync_data()
+}
+
 fn write_all(file: &mut File, content: &[Bytes]) -> io::Result<()> {
     let mut slices: Vec<_> = content.iter().map(|part| IoSlice::new(part)).collect();
     let mut slices = slices.as_mut_slice();
@@ -90,6 +129,33 @@ fn write_all(file: &mut File, content: &[Bytes]) -> io::Result<()> {
         }
     }
     file.sync_data()
+}
+
+/// A file without a name, with this in it.
+fn unnamed(directory: &Path, content: &[Bytes]) -> io::Result<File> {
+    let open = |more| {
+        let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC | more;
+        openat(CWD, directory, flags, Mode::from_raw_mode(0o600)).map(File::from)
+    };
+    let length: usize = content.iter().map(Bytes::len).sum();
+    if length >= LARGE
+        && let Ok(file) = open(OFlags::DIRECT)
+    {
+        match write_direct(&file, content) {
+            // Not on this device, or not with this alignment.
+            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::INVAL.raw_os_error()) => {}
+            written => return written.map(|()| file),
+        }
+    }
+    let mut file = open(OFlags::empty())?;
+    write_all(&mut file, content)?;
+    Ok(file)
+}
+
+fn has_no_unnamed_files(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    let none = [Errno::OPNOTSUPP, Errno::ISDIR, Errno::INVAL];
+    none.iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
 }
 
 /// Whether the file at `path` is as long as `content`. Names are made from what is in them, so then it is the same,
@@ -176,24 +242,21 @@ impl Store for LocalStore {
             if !directory.is_dir() {
                 self.make(directory)?;
             }
-            let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
-            match openat(CWD, directory, flags, Mode::from_raw_mode(0o600)) {
+            match unnamed(directory, content) {
                 Ok(file) => {
-                    let mut file = File::from(file);
-                    write_all(&mut file, content)?;
-                    let unnamed = format!("/proc/self/fd/{}", file.as_raw_fd());
-                    match linkat(CWD, &*unnamed, CWD, &path, AtFlags::SYMLINK_FOLLOW) {
+                    let descriptor = format!("/proc/self/fd/{}", file.as_raw_fd());
+                    match linkat(CWD, &*descriptor, CWD, &path, AtFlags::SYMLINK_FOLLOW) {
                         // Of another length, so damaged: it makes room.
                         Err(rustix::io::Errno::EXIST) if !is_there(&path, content) => {
                             fs::remove_file(&path)?;
-                            linkat(CWD, &*unnamed, CWD, &path, AtFlags::SYMLINK_FOLLOW)?;
+                            linkat(CWD, &*descriptor, CWD, &path, AtFlags::SYMLINK_FOLLOW)?;
                         }
                         Err(rustix::io::Errno::EXIST) => {}
                         linked => linked?,
                     }
                 }
                 // Network file systems have none. The name is none that restic would take for a file of its own.
-                Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR | rustix::io::Errno::INVAL) => {
+                Err(error) if has_no_unnamed_files(&error) => {
                     let partial = directory.join(format!("{name}-tmp-{}", std::process::id()));
                     let written = fs::OpenOptions::new()
                         .write(true)
@@ -208,7 +271,7 @@ impl Store for LocalStore {
                         return Err(error);
                     }
                 }
-                Err(error) => return Err(error.into()),
+                Err(error) => return Err(error),
             }
             self.touched(directory);
             Ok(())
@@ -245,6 +308,20 @@ impl Store for LocalStore {
 #[cfg(test)]
 mod test {
     use super::*;
+
+    #[test]
+    fn a_large_file_is_written_past_the_cache_byte_by_byte() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = LocalStore::new(directory.path().join("repository"));
+        store.create().unwrap();
+        for length in [LARGE, LARGE + 1, PIECE - 1, PIECE, PIECE + 4097, 2 * PIECE + 12345] {
+            let content: Vec<u8> = (0..length).map(|at| u8::try_from(at % 251).unwrap()).collect();
+            let name = crate::blob::Id::of(&content).to_string();
+            let parts: Vec<_> = content.chunks(99_991).map(Bytes::copy_from_slice).collect();
+            store.write(Folder::Data, &name, &parts).unwrap();
+            assert_eq!(store.read(Folder::Data, &name).unwrap(), content, "{length}");
+        }
+    }
 
     #[test]
     fn a_file_is_written_whole_listed_read_and_removed() {
