@@ -88,13 +88,6 @@ impl ResticBackup {
         })
     }
 
-    /// The disks of an earlier point, if it is whole: every blob of it is in the index (I4).
-    fn earlier(&self, found: &snapshot::Found) -> Result<HashMap<DiskName, EarlierDisk>> {
-        let index = self.index.as_ref().ok_or_else(ended)?;
-        let point = found.point.as_ref().map_err(|why| crate::error::damaged(why.clone()))?;
-        earlier_disks(&self.repository, &index.trees, &found.tree, point)
-    }
-
     /// What to answer for one disk: the newest offered generation that is held whole at this size, or why none is.
     fn answer(&mut self, offer: &DiskOffer, points: &[(PointId, EarlierPoint)]) -> Incremental {
         let mut why_not = None;
@@ -237,13 +230,14 @@ fn ended() -> Error {
     Error::new(ErrorKind::Io, "calls of a backup came out of order")
 }
 
+/// The disks of an earlier point.
 fn earlier_disks(
     repository: &Repository,
     trees: &HashMap<Id, Location>,
-    tree: &Id,
-    point: &Description,
+    found: &snapshot::Found,
 ) -> Result<HashMap<DiskName, EarlierDisk>> {
-    let mut nodes = snapshot::read_disks(repository, trees, tree)?;
+    let point = found.point.as_ref().map_err(|why| crate::error::damaged(why.clone()))?;
+    let mut nodes = snapshot::read_disks(repository, trees, &found.tree)?;
     let mut disks = HashMap::new();
     for record in &point.record.disks {
         let missing = || crate::error::damaged(format!("disk {} is missing or cut short", record.name));
@@ -265,15 +259,20 @@ impl Backup for ResticBackup {
             disks.iter().any(|disk| disk.bitmaps.iter().any(|bitmap| bitmap.generation == *id))
         };
         let latest = self.listing.points.last().map(|point| point.point_id.clone());
-        let mut points = Vec::new();
-        for found in self.listing.points.clone() {
-            if offered(&found.point_id) || latest.as_ref() == Some(&found.point_id) {
-                points.push((
-                    found.point_id.clone(),
-                    self.earlier(&found).map_err(|error| in_one_line(&error)),
-                ));
-            }
-        }
+        let of_use =
+            |found: &&snapshot::Found| offered(&found.point_id) || latest.as_ref() == Some(&found.point_id);
+        let found: Vec<_> = self.listing.points.iter().filter(of_use).cloned().collect();
+        let (repository, index) = (Arc::clone(&self.repository), self.index.take().ok_or_else(ended)?);
+        let (index, points) = blocking(move || {
+            let earlier = |found: snapshot::Found| {
+                let disks = earlier_disks(&repository, &index.trees, &found);
+                (found.point_id, disks.map_err(|error| in_one_line(&error)))
+            };
+            let points: Vec<_> = found.into_iter().map(earlier).collect();
+            Ok((index, points))
+        })
+        .await?;
+        self.index = Some(index);
         let answers = disks.iter().map(|offer| self.answer(offer, &points)).collect();
         let Index { known, .. } = self.index.take().ok_or_else(ended)?;
         self.workshop =

@@ -15,7 +15,10 @@ use std::{
     process::{Command, Output, Stdio},
     time::Duration,
 };
-use stillpoint_testkit::{BareMachine, DiskSpec, Guest, GuestBuilder, Qemu};
+use stillpoint_testkit::{
+    BareMachine, DiskSpec, Guest, GuestBuilder, Outcome, Qemu,
+    object_store::{self, Fault, ObjectStore},
+};
 
 const MIB: u64 = 1 << 20;
 const DISKS: [&str; 3] = ["vda", "vdb", "vdc"];
@@ -36,14 +39,30 @@ fn number(variable: &str, unless: usize) -> usize {
 
 /// A place with a new repository.
 fn place(work: &Path, qmp: &Path) -> Place {
-    let password = work.join("password");
-    fs::write(&password, format!("{PASSWORD}\n")).unwrap();
-    fs::set_permissions(&password, fs::Permissions::from_mode(0o600)).unwrap();
-    let target = "provider = \"restic\"\nrepository = \"@/repository\"\npassword-file = \"@/password\"";
-    let place = Place::new(work, qmp, target);
+    let place = configured(work, qmp, "@/repository");
     let made = place.run(&["target", "init", "main"]);
     assert_eq!(made.status, 0, "{made:?}");
     place
+}
+
+/// A place with a repository that is not there yet. It tells all that it can.
+fn configured(work: &Path, qmp: &Path, repository: &str) -> Place {
+    let password = work.join("password");
+    fs::write(&password, format!("{PASSWORD}\n")).unwrap();
+    fs::set_permissions(&password, fs::Permissions::from_mode(0o600)).unwrap();
+    let target =
+        format!("provider = \"restic\"\nrepository = \"{repository}\"\npassword-file = \"@/password\"");
+    let mut place = Place::new(work, qmp, &target);
+    place.tool = place.tool.env("STILLPOINT_LOG", "trace");
+    place
+}
+
+/// Nothing secret is told.
+fn discreet(outcome: &Outcome) {
+    for secret in [PASSWORD, object_store::ACCESS_KEY, object_store::SECRET_KEY] {
+        assert!(!outcome.stdout.contains(secret), "{}", outcome.stdout);
+        assert!(!outcome.stderr.contains(secret), "{}", outcome.stderr);
+    }
 }
 
 fn repository(place: &Place) -> PathBuf {
@@ -197,17 +216,6 @@ fn machine() -> BareMachine {
     machine
 }
 
-/// All files below `path`.
-fn files(path: &Path) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(path).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() { found.extend(files(&path)) } else { found.push(path) }
-    }
-    found.sort();
-    found
-}
-
 #[test]
 fn damage_to_any_file_is_found_and_never_restored() {
     let mut machine = machine();
@@ -229,7 +237,7 @@ fn damage_to_any_file_is_found_and_never_restored() {
             output
         })
         .collect();
-    let all = files(&repository(&place));
+    let all = common::files(&repository(&place));
     assert!(all.len() > 10, "{all:?}");
     let mut damages = 0;
     for (index, file) in all.iter().enumerate() {
@@ -428,4 +436,94 @@ fn rules_decide_which_points_are_kept() {
     restic_agrees(&place);
     // The chain goes on.
     assert_eq!(place.backup()["disks"][0]["bitmap_mode"], "reuse");
+}
+
+/// A place with a repository in `store`, and how it is run there: whatever it says, it tells no secret.
+fn in_store(work: &Path, qmp: &Path, store: &ObjectStore) -> Place {
+    let url = format!("s3:{}/{}/some/path", store.url(), object_store::BUCKET);
+    let mut place = configured(work, qmp, &url);
+    place.tool = place
+        .tool
+        .env("AWS_ACCESS_KEY_ID", object_store::ACCESS_KEY)
+        .env("AWS_SECRET_ACCESS_KEY", object_store::SECRET_KEY);
+    place
+}
+
+#[test]
+fn points_in_an_object_store_come_back_whatever_it_does() {
+    let mut guest = guest();
+    let files = guest.work().join("store");
+    let store = ObjectStore::start(&files).unwrap();
+    let place = in_store(guest.work(), &guest.qmp(), &store);
+    let run = |line: &[&str]| {
+        let outcome = place.run(line);
+        discreet(&outcome);
+        outcome
+    };
+    let made = run(&["target", "init", "main"]);
+    assert_eq!(made.status, 0, "{made:?}");
+    assert_eq!(run(&["target", "init", "main"]).status, 1);
+    let storm = guest.start_storm(504, 0).unwrap();
+    let mut points = Vec::new();
+    for fault in [
+        Fault::None,
+        Fault::ErrorEvery(3),
+        Fault::CutEvery(2),
+        Fault::Slow(Duration::from_millis(100)),
+        Fault::AppendOnly,
+    ] {
+        guest.await_writes(200).unwrap();
+        store.fail(fault);
+        let before = store.faults();
+        for full in [false, true] {
+            let line = [&["backup", "vm", "--json"][..], if full { &["--full"] } else { &[] }].concat();
+            let outcome = run(&line);
+            assert_eq!(outcome.status, 0, "{fault:?}: {outcome:?}");
+            points.push(outcome.json().unwrap());
+        }
+        let happens = !matches!(fault, Fault::None | Fault::Slow(_));
+        assert!(!happens || store.faults() > before, "{fault:?} did not happen");
+    }
+    store.fail(Fault::None);
+    assert_eq!(guest.stop_storm().unwrap().errors, 0);
+    points.iter().for_each(|point| assert!(place.judge(point, &DISKS, &storm) > 0));
+    for line in [&["verify"][..], &["points"], &["forget", "--keep-last", "3", "--prune"], &["key", "list"]] {
+        let outcome = run(line);
+        assert_eq!(outcome.status, 0, "{outcome:?}");
+    }
+    // What lies there is a repository like any other.
+    let mut check = Command::new("restic");
+    check.args(["--no-cache", "check", "--read-data"]);
+    check.env("RESTIC_REPOSITORY", files.join("bucket/some/path")).env("RESTIC_PASSWORD", PASSWORD);
+    let checked = check.output().unwrap();
+    assert!(checked.status.success(), "{checked:?}");
+    for file in common::files(&files) {
+        let content = fs::read(&file).unwrap();
+        let secret = object_store::SECRET_KEY.as_bytes();
+        assert!(!content.windows(secret.len()).any(|bytes| bytes == secret), "{}", file.display());
+    }
+}
+
+#[test]
+fn an_object_store_that_is_down_costs_the_guest_nothing() {
+    let mut machine = machine();
+    let store = ObjectStore::start(&machine.work().join("store")).unwrap();
+    let place = in_store(machine.work(), &machine.qmp(), &store);
+    assert_eq!(place.run(&["target", "init", "main"]).status, 0);
+    place.backup();
+    machine.disk_io("vda", "write -P 9 6M 1M").unwrap();
+    store.fail(Fault::ErrorAlways);
+    let outcome = place.run(&["backup", "vm"]);
+    discreet(&outcome);
+    assert_eq!(outcome.status, 1, "{outcome:?}");
+    assert!(outcome.stderr.contains("guest:  was not touched"), "{}", outcome.stderr);
+    store.fail(Fault::None);
+    let point = place.backup();
+    assert_eq!(point["disks"][0]["bitmap_mode"], "reuse", "{point}");
+    // Wrong credentials are no reason to wait.
+    let mut wrong = in_store(machine.work(), &machine.qmp(), &store);
+    wrong.tool = wrong.tool.env("AWS_SECRET_ACCESS_KEY", "wrong");
+    let outcome = wrong.run(&["points"]);
+    discreet(&outcome);
+    assert_eq!(outcome.status, 1, "{outcome:?}");
 }

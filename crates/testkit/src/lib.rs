@@ -36,6 +36,7 @@ mod images;
 mod kernel;
 mod monitor;
 pub mod nbd_peer;
+pub mod object_store;
 pub mod oracle;
 mod qemu;
 pub mod qmp_peer;

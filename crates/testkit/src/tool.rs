@@ -13,6 +13,7 @@ use std::{
 pub struct Tool {
     program: PathBuf,
     runtime: PathBuf,
+    environment: Vec<(String, String)>,
 }
 
 /// What came of running it.
@@ -40,13 +41,21 @@ impl Outcome {
 impl Tool {
     /// `program`, keeping its sockets and locks in `runtime`.
     pub fn new(program: impl Into<PathBuf>, runtime: &Path) -> Self {
-        Self { program: program.into(), runtime: runtime.join("run") }
+        Self { program: program.into(), runtime: runtime.join("run"), environment: Vec::new() }
+    }
+
+    /// Adds a variable to its environment.
+    #[must_use]
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.to_owned(), value.to_owned()));
+        self
     }
 
     /// A command to add to, with nothing of the caller's terminal.
     pub fn command<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Command {
         let mut command = Command::new(&self.program);
         command.args(arguments).env("STILLPOINT_RUNTIME_DIRECTORY", &self.runtime).stdin(Stdio::null());
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command
     }
 

@@ -11,8 +11,9 @@ use opendal::{
 use std::{io, time::Duration};
 use stillpoint_provider::{Error, ErrorKind, Result};
 
-/// Tries of each request, with growing pauses: some half a minute in all.
-const TRIES: usize = 7;
+/// Tries of each request after the first, with pauses that grow to [`LONGEST_PAUSE`]: some half a minute in all.
+const TRIES: usize = 5;
+const LONGEST_PAUSE: Duration = Duration::from_secs(8);
 /// A request without any answer for so long is tried again. A pack of 32 MiB takes this at 3 Mbit/s.
 const TIMEOUT: Duration = Duration::from_secs(90);
 /// Between two pieces of an answer.
@@ -86,9 +87,10 @@ impl ObjectStore {
     }
 
     fn over(operator: Operator, location: String) -> Result<Self> {
+        opendal::install_default();
         let operator = operator
             .layer(TimeoutLayer::new().with_timeout(TIMEOUT).with_io_timeout(QUIET))
-            .layer(RetryLayer::new().with_max_times(TRIES).with_jitter());
+            .layer(RetryLayer::new().with_max_times(TRIES).with_max_delay(LONGEST_PAUSE).with_jitter());
         let operator = blocking::Operator::new(operator).map_err(|error| opening(&location, &error))?;
         Ok(Self { operator, location })
     }

@@ -67,6 +67,17 @@ impl Place {
     }
 }
 
+/// All files below `path`.
+pub fn files(path: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(path).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() { found.extend(files(&path)) } else { found.push(path) }
+    }
+    found.sort();
+    found
+}
+
 /// The point's name as it is typed.
 pub fn point_name(summary: &Value) -> String {
     format!("{}/{}", summary["vm"].as_str().unwrap(), summary["point"].as_str().unwrap())
