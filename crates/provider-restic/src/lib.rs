@@ -27,6 +27,9 @@ mod password;
 mod provider;
 mod repository;
 mod restore;
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests: a panic is a failed test")]
+mod scale;
 mod snapshot;
 mod store;
 mod tree;

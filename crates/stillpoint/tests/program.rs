@@ -6,7 +6,6 @@
 mod common;
 
 use common::{Place, tool};
-use serde_json::Value;
 use std::{
     ffi::OsString,
     fs,
@@ -14,9 +13,7 @@ use std::{
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
-use stillpoint_testkit::{
-    BareMachine, DiskSpec, Guest, GuestBuilder, Outcome, Qemu, Storm, Tool, oracle, skip, workspace,
-};
+use stillpoint_testkit::{BareMachine, DiskSpec, Guest, GuestBuilder, Outcome, Qemu, skip, workspace};
 
 const MIB: u64 = 1 << 20;
 const DISKS: [&str; 3] = ["vda", "vdb", "vdc"];
