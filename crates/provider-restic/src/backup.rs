@@ -13,12 +13,15 @@ use crate::{
     tree::TreeWriter,
 };
 use async_trait::async_trait;
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 use stillpoint_model::{DiskName, Granularity, Length, PointId, VmName};
 use stillpoint_provider::{
     Backup, BitmapMode, ConfigFile, DiskOffer, Error, ErrorKind, Incremental, PointRecord, Result, Volume,
     VolumeReport,
 };
+
+/// How long a run that has failed, or was cancelled, waits for its store.
+const CLEANUP: Duration = Duration::from_secs(4);
 
 /// Chunk size of a disk that has an earlier point, so that its chunks go on matching.
 #[derive(Clone)]
@@ -282,7 +285,7 @@ impl Backup for ResticBackup {
 
     async fn backup_vm(&mut self, config: &[ConfigFile], volumes: Vec<Volume>) -> Result<Vec<VolumeReport>> {
         let workshop = self.workshop()?;
-        let mut reports = Vec::new();
+        let (mut reports, mut last) = (Vec::new(), None);
         for volume in volumes {
             let base = match (&volume.bitmap_mode, &volume.base) {
                 (BitmapMode::Reuse, Some(base)) => {
@@ -306,11 +309,23 @@ impl Backup for ResticBackup {
                 parent: base.map(|base| Parent { content: base.content }),
             };
             let before = self.saver.added();
-            let content = disk::store(task, &workshop, &mut self.saver).await?;
+            let source = Arc::clone(&volume.source);
+            // A store that does not answer must not keep a run that was cancelled.
+            let content = tokio::select! {
+                stored = disk::store(task, &workshop, &mut self.saver) => stored?,
+                error = source.ended() => return Err(error),
+            };
             let stored = Length::new(self.saver.added().saturating_sub(before));
             reports.push(VolumeReport { name: volume.name.clone(), stored });
+            last = Some(source);
             let base = volume.base.filter(|_| incremental);
             self.disks.push(StoredDisk { name: volume.name, size, chunk, base, content });
+        }
+        if let Some(last) = last {
+            tokio::select! {
+                settled = self.saver.settle() => settled?,
+                error = last.ended() => return Err(error),
+            }
         }
         self.config = config
             .iter()
@@ -356,9 +371,19 @@ impl Backup for ResticBackup {
     }
 
     async fn backup_cleanup(&mut self) -> Result<()> {
-        let kept = if self.committed { Ok(()) } else { self.saver.abandon().await };
-        if let Some(lock) = self.lock.take() {
-            lock.release().await;
+        let kept = match self.committed {
+            true => Ok(()),
+            false => tokio::time::timeout(CLEANUP, self.saver.abandon()).await.unwrap_or_else(|_| {
+                Err(Error::new(
+                    ErrorKind::Io,
+                    "the repository does not answer; what was stored is left to prune",
+                ))
+            }),
+        };
+        if let Some(lock) = self.lock.take()
+            && tokio::time::timeout(CLEANUP, lock.release()).await.is_err()
+        {
+            tracing::warn!("the repository does not answer; our lock on it ends by itself");
         }
         kept
     }

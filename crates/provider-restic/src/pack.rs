@@ -23,6 +23,8 @@ use tokio::task::JoinSet;
 
 /// A pack is written once it has so many bytes. Few large files suit object stores, and `fsync`.
 const PACK_SIZE: usize = 32 << 20;
+/// Less than this waits for what is added at the end, rather than to be a file of its own.
+const LITTLE: usize = 4 << 20;
 /// Packs being written at once, which are held in memory.
 const WRITES: usize = 3;
 /// An index is written so often, so that the next run finds what an interrupted one has stored.
@@ -206,6 +208,19 @@ impl Saver {
         }
         let repository = Arc::clone(&self.repository);
         crate::error::blocking(move || index::write(&repository, packs)).await
+    }
+
+    /// Writes what is worth a pack of its own, and waits until it is written: what is left for [`finish`](Self::finish)
+    /// is little.
+    pub(crate) async fn settle(&mut self) -> Result<()> {
+        if self.data.length >= LITTLE {
+            let data = std::mem::take(&mut self.data);
+            self.write(data).await?;
+        }
+        while !self.writes.is_empty() {
+            self.one_written().await?;
+        }
+        Ok(())
     }
 
     /// Writes all that was added, and its index. Everything is durable when it returns.
