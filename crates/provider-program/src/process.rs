@@ -7,8 +7,9 @@
 //! in them is unmounted.
 
 use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
     fs::{FlockOperation, flock},
-    process::{Pid, Signal, kill_process, kill_process_group},
+    process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open, pidfd_send_signal},
 };
 use std::{
     collections::BTreeMap,
@@ -34,6 +35,8 @@ const PREFIX: &str = "provider-";
 const MOST_LOG: u64 = 1 << 20;
 /// Of our environment a program gets these.
 const PASSED: [&str; 5] = ["HOME", "USER", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR"];
+/// Longest wait for the death of what was killed; what hangs in the kernel is not waited for.
+const DEATH: Duration = Duration::from_secs(2);
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// What to run.
@@ -145,13 +148,23 @@ fn kill_by_token(token: &str) {
             if environment.windows(mark.len()).any(|window| window == mark.as_bytes())
                 && let Some(pid) = Pid::from_raw(pid)
             {
-                found |= kill_process(pid, Signal::KILL).is_ok();
+                found |= kill_and_wait(pid).is_ok();
             }
         }
         if !found {
             return;
         }
     }
+}
+
+/// Returns when the process is gone, and its locks with it: the next run may want them.
+fn kill_and_wait(pid: Pid) -> io::Result<()> {
+    let process = pidfd_open(pid, PidfdFlags::empty())?;
+    pidfd_send_signal(&process, Signal::KILL)?;
+    let gone = PollFd::new(&process, PollFlags::IN);
+    let most = Timespec { tv_sec: DEATH.as_secs().cast_signed(), tv_nsec: 0 };
+    poll(&mut [gone], Some(&most))?;
+    Ok(())
 }
 
 fn unmount_all(directory: &Path) {

@@ -32,7 +32,7 @@ use tokio::io::BufReader;
 pub struct Deadlines {
     /// To answer what needs no bulk of data.
     pub answer: Duration,
-    /// To make a point durable, or to read it back.
+    /// To make a point durable or take away what was stored for it, to look at earlier points, to open one.
     pub commit: Duration,
     /// Without reading or saying anything, while it has the disks.
     pub quiet: Duration,
@@ -420,7 +420,7 @@ impl Backup for ProgramBackup {
             return Ok(disks.iter().map(|_| full()).collect());
         }
         let query = protocol::QueryIncremental { disks: disks.to_vec() };
-        let answer = self.session.peer.call(&query, self.session.settings.deadlines.answer).await?;
+        let answer = self.session.peer.call(&query, self.session.settings.deadlines.commit).await?;
         Ok(answer.disks)
     }
 
@@ -513,7 +513,7 @@ impl Backup for ProgramBackup {
     async fn backup_cleanup(&mut self) -> Result<()> {
         let deadlines = self.session.settings.deadlines;
         // One that is hung is not waited for as one that works.
-        let deadline = if self.gone { deadlines.grace } else { deadlines.answer };
+        let deadline = if self.gone { deadlines.grace } else { deadlines.commit };
         let cleaned = self.session.peer.call(&protocol::BackupCleanup {}, deadline).await;
         if self.gone {
             self.session.end().await;

@@ -86,8 +86,13 @@ async fn check(arguments: &cli::ProviderCheck) -> Result<Exit, Failure> {
 
 fn settings(arguments: &cli::ProviderCheck) -> Result<Settings, Failure> {
     let (program, rest) = arguments.program.split_first().ok_or_else(|| Failure::usage("name a program"))?;
-    let program = std::path::absolute(program)
-        .map_err(|error| Failure::because(Exit::Usage, "the program's path", &error))?;
+    // A name alone is looked for as a shell would.
+    let program = if program.to_string_lossy().contains('/') {
+        std::path::absolute(program)
+            .map_err(|error| Failure::because(Exit::Usage, "the program's path", &error))?
+    } else {
+        program.into()
+    };
     let options = serde_json::from_str(&arguments.options)
         .map_err(|error| Failure::because(Exit::Usage, "--options is no JSON object", &error))?;
     let mechanism = arguments.mechanism.as_deref().map(|name| {
