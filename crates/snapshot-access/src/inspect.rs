@@ -183,9 +183,7 @@ impl Machine {
         for block in blocks {
             machine.add(block)?;
         }
-        if machine.qemu.number() < IOTHREADS_FROM {
-            machine.find_iothreads(qmp).await?;
-        }
+        machine.find_iothreads(qmp).await?;
         Ok(machine)
     }
 
@@ -291,13 +289,19 @@ impl Machine {
             return Ok(());
         }
         for disk in &self.disks {
-            if uses_iothread(qmp, &disk.front_end).await? {
-                let why = format!(
+            let why = match find_iothread(qmp, &disk.front_end).await? {
+                Some(_) if self.qemu.number() < IOTHREADS_FROM => format!(
                     "it has an iothread, and QEMU {} aborts when such a disk is exported (fixed in 8.2.1)",
                     self.qemu
-                );
-                self.obstacles.push((disk.name.clone(), why));
-            }
+                ),
+                Some(Owner::Controller) => {
+                    "its SCSI controller has an iothread, and QEMU can then lose an interrupt \
+                     when the guest is paused, after which the disk hangs (ADR 0017)"
+                        .to_owned()
+                }
+                Some(Owner::Device) | None => continue,
+            };
+            self.obstacles.push((disk.name.clone(), why));
         }
         Ok(())
     }
@@ -319,17 +323,26 @@ pub(crate) fn refuse_old(qemu: &Version) -> Result<()> {
     Ok(())
 }
 
+/// What has an iothread.
+#[derive(Clone, Copy)]
+enum Owner {
+    /// The disk's own device.
+    Device,
+    /// The controller that its bus belongs to.
+    Controller,
+}
+
 /// Whether the device itself, or the controller that its bus belongs to, has an iothread.
-async fn uses_iothread(qmp: &Qmp, front_end: &str) -> Result<bool> {
-    let mut start = vec![front_end.to_owned()];
+async fn find_iothread(qmp: &Qmp, front_end: &str) -> Result<Option<Owner>> {
+    let mut start = vec![(front_end.to_owned(), Owner::Device)];
     if let Ok(Value::String(bus)) = qmp.execute(command::qom_get(front_end, "parent_bus")).await {
-        start.push(bus);
+        start.push((bus, Owner::Controller));
     }
-    for path in start {
+    for (path, owner) in start {
         let mut path = path.as_str();
         while !path.is_empty() && path != "/machine" {
             match qmp.execute(command::qom_get(path, "iothread")).await {
-                Ok(Value::String(thread)) if !thread.is_empty() => return Ok(true),
+                Ok(Value::String(thread)) if !thread.is_empty() => return Ok(Some(owner)),
                 Ok(_) => {}
                 // Most objects have no such property.
                 Err(error) if error.class().is_some() => {}
@@ -338,7 +351,7 @@ async fn uses_iothread(qmp: &Qmp, front_end: &str) -> Result<bool> {
             path = path.rsplit_once('/').map_or("", |(parent, _)| parent);
         }
     }
-    Ok(false)
+    Ok(None)
 }
 
 /// What is wrong with a bitmap that has a name of ours and is not ours.

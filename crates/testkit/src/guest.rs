@@ -25,7 +25,7 @@ use tempfile::TempDir;
 /// A kernel boots in some seconds under TCG; a loaded machine takes longer.
 const BOOT: Duration = Duration::from_secs(120);
 /// What QEMU or the guest's writer may take to answer.
-pub(crate) const ANSWER: Duration = Duration::from_secs(60);
+pub(crate) const ANSWER: Duration = Duration::from_secs(240);
 
 /// A guest to boot.
 #[derive(Debug)]

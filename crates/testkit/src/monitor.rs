@@ -23,7 +23,7 @@ impl Monitor {
     /// If nobody answers within 20 s.
     pub fn connect(path: &Path) -> Result<Self> {
         let stream = UnixStream::connect(path).with_context(|| format!("connect to {}", path.display()))?;
-        stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
         let mut monitor = Self { lines: BufReader::new(stream.try_clone()?), stream };
         monitor.line()?;
         monitor.execute("qmp_capabilities", json!({}))?;
