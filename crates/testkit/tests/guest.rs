@@ -166,6 +166,31 @@ fn qemu_10_with_iothreads_is_as_good() {
     end_at_rest(&mut guest, &storm, ImageFormat::Qcow2);
 }
 
+/// Whether QEMU loses an interrupt of a disk by pauses alone (ADR 0017): the storm then stands still.
+/// `STILLPOINT_FRONT_END=virtio-blk` tries it with such a disk instead of a SCSI one.
+#[test]
+#[ignore = "by hand, beside other work on all cores"]
+fn pauses_alone_lose_no_interrupt() {
+    let Some(qemu) = Qemu::trixie() else { return };
+    let virtio = std::env::var("STILLPOINT_FRONT_END").is_ok_and(|name| name == "virtio-blk");
+    let front_end = if virtio { FrontEnd::VirtioBlk } else { FrontEnd::ScsiHd };
+    let mut guest = GuestBuilder::new(qemu)
+        .disk(DiskSpec::new("vda", 64 * MIB).iothread())
+        .disk(DiskSpec::new("sda", 40 * MIB).front_end(front_end).iothread())
+        .boot()
+        .unwrap();
+    guest.start_storm(17, 0).unwrap();
+    for pause in 0..200 {
+        guest.execute("stop", json!({})).unwrap();
+        guest.execute("cont", json!({})).unwrap();
+        guest.await_writes(10).unwrap();
+        if pause % 20 == 0 {
+            println!("{pause}");
+        }
+    }
+    println!("{:?}", guest.stop_storm().unwrap());
+}
+
 #[test]
 fn the_writer_can_be_slowed_down_and_tells_what_it_does() {
     let mut guest =
