@@ -18,7 +18,7 @@ use stillpoint_provider::{Error, ErrorKind, Result};
 /// Devices that are handed over.
 pub(crate) enum DeviceHandover {
     Nbd { devices: BTreeMap<DiskName, KernelNbd> },
-    Loop { files: FileHandover, devices: BTreeMap<DiskName, PathBuf> },
+    Loop { files: FileHandover, devices: BTreeMap<DiskName, LoopDevice> },
 }
 
 impl DeviceHandover {
@@ -63,7 +63,7 @@ impl DeviceHandover {
     pub(crate) fn handle(&self, volume: &ServedVolume) -> Handle {
         let path = match self {
             Self::Nbd { devices } => devices.get(&volume.name).map(KernelNbd::path),
-            Self::Loop { devices, .. } => devices.get(&volume.name).map(PathBuf::as_path),
+            Self::Loop { devices, .. } => devices.get(&volume.name).map(|device| device.0.as_path()),
         };
         Handle::BlockDevice { path: path.unwrap_or(Path::new("/dev/null")).to_owned() }
     }
@@ -77,8 +77,7 @@ impl DeviceHandover {
             }
             Self::Loop { files, devices } => {
                 // The files go first: whatever reads a device then gets an error and lets go of it.
-                let detached =
-                    tokio::task::spawn_blocking(move || devices.values().for_each(|device| detach(device)));
+                let detached = tokio::task::spawn_blocking(move || drop(devices));
                 let mount = files.end();
                 let _ = tokio::join!(detached, mount);
             }
@@ -87,7 +86,7 @@ impl DeviceHandover {
 }
 
 /// Only what is asked for is to be read of a device that may not be read everywhere, and no partitions are looked for.
-async fn attach(file: PathBuf, incremental: bool) -> io::Result<PathBuf> {
+async fn attach(file: PathBuf, incremental: bool) -> io::Result<LoopDevice> {
     let attached = tokio::task::spawn_blocking(move || {
         let output = Command::new("losetup")
             .args(["--find", "--show", "--nooverlap", "--direct-io=on"])
@@ -96,13 +95,23 @@ async fn attach(file: PathBuf, incremental: bool) -> io::Result<PathBuf> {
         if !output.status.success() {
             return Err(io::Error::other(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
         }
-        let device = PathBuf::from(String::from_utf8_lossy(&output.stdout).trim());
-        let name = device.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let device = LoopDevice(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()));
+        let name = device.0.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let ahead = if incremental { "0" } else { "4096" };
         let _ = fs::write(format!("/sys/block/{name}/queue/read_ahead_kb"), ahead);
         Ok(device)
     });
     attached.await.map_err(io::Error::other)?
+}
+
+/// A loop device of ours, let go of when this is dropped: a run that fails drops all that it has, and once the file
+/// below is unmounted nothing tells any more whose device it was.
+pub(crate) struct LoopDevice(PathBuf);
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        detach(&self.0);
+    }
 }
 
 fn detach(device: &Path) {
