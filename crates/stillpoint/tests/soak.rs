@@ -7,19 +7,17 @@
 mod common;
 
 use common::Cuts;
-use std::time::{Duration, Instant};
 use stillpoint_testkit::{DiskSpec, Guest, GuestBuilder, Qemu, StormSpec};
 
 const MIB: u64 = 1 << 20;
 const DISKS: [&str; 2] = ["vda", "vdb"];
-/// QEMU's worker threads end when they have been idle for 10 s.
-const IDLE: Duration = Duration::from_secs(60);
 
 /// What QEMU has of everything.
 #[derive(Debug)]
 struct Size {
     descriptors: usize,
-    threads: u64,
+    /// By their names, without the pool's workers: those come with the load, and end when they have been idle for 10 s.
+    threads: Vec<String>,
     resident: u64,
 }
 
@@ -30,23 +28,15 @@ fn size(guest: &Guest) -> Size {
         let line = status.lines().find(|line| line.starts_with(key)).unwrap();
         line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()
     };
+    let tasks = std::fs::read_dir(format!("{process}/task")).unwrap();
+    let names = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
+    let mut threads: Vec<_> =
+        names.map(|name| name.trim().to_owned()).filter(|name| name != "worker").collect();
+    threads.sort_unstable();
     Size {
         descriptors: std::fs::read_dir(format!("{process}/fd")).unwrap().count(),
-        threads: number("Threads:"),
+        threads,
         resident: number("VmRSS:") << 10,
-    }
-}
-
-/// Its size when nothing goes on.
-fn size_at_rest(guest: &mut Guest, threads: u64) -> Size {
-    guest.set_rate(1).unwrap();
-    let deadline = Instant::now() + IDLE;
-    loop {
-        let size = size(guest);
-        if size.threads <= threads || Instant::now() > deadline {
-            return size;
-        }
-        std::thread::sleep(Duration::from_millis(100));
     }
 }
 
@@ -64,18 +54,17 @@ fn backups_in_a_row_leave_nothing_to_grow() {
     for _ in 0..warm {
         points.push(cuts.cut(&[]));
     }
-    let before = size_at_rest(cuts.guest, u64::MAX);
+    let before = size(cuts.guest);
     let graph = cuts.guest.block_graph().unwrap().without_bitmaps();
-    cuts.guest.set_rate(50).unwrap();
     for _ in warm..runs {
         // Each compares nodes, exports, descriptor sets and bitmaps.
         points.push(cuts.cut(&[]));
     }
-    let after = size_at_rest(cuts.guest, before.threads);
+    let after = size(cuts.guest);
     println!("after {warm} runs {before:?}, after {runs} runs {after:?}");
     assert_eq!(cuts.guest.block_graph().unwrap().without_bitmaps(), graph);
     assert_eq!(after.descriptors, before.descriptors);
-    assert!(after.threads <= before.threads, "{before:?} {after:?}");
+    assert_eq!(after.threads, before.threads);
     assert!(after.resident < before.resident + 24 * MIB, "{before:?} {after:?}");
     let last = points.split_off(points.len() - 3);
     cuts.judge_all(&last);

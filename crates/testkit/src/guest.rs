@@ -73,7 +73,18 @@ impl GuestBuilder {
         let (mut command, mount) = self.qemu.command("qemu-system-x86_64", work.path())?;
         let watch = Watch::over(work.path(), mount.as_ref().map(Mount::path))?;
         let path = |name: &str| work.path().join(name).display().to_string();
-        command.args(["-name", "guest", "-machine", "pc", "-accel", accelerator, "-smp", "2", "-m", "256"]);
+        command.args([
+            "-name",
+            "guest,debug-threads=on",
+            "-machine",
+            "pc",
+            "-accel",
+            accelerator,
+            "-smp",
+            "2",
+            "-m",
+            "256",
+        ]);
         command.args(["-nodefaults", "-display", "none", "-no-reboot"]);
         command.arg("-kernel").arg(&kernel).arg("-initrd").arg(&initramfs);
         command.args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off"]);
