@@ -143,6 +143,23 @@ pub(crate) fn add_filter(
     )
 }
 
+/// A node that passes everything on to `file`, and can be pointed elsewhere by [`switch_junctions`].
+pub(crate) fn add_junction(node: &NodeName, file: &NodeName) -> Command {
+    Command::with("blockdev-add", junction(node, file))
+}
+
+/// Points all junctions at their filters at one instant: QEMU drains all of them first, changes all or none, and only
+/// then lets requests in again.
+pub(crate) fn switch_junctions<'a>(junctions: impl Iterator<Item = (&'a NodeName, &'a NodeName)>) -> Command {
+    let options: Vec<_> = junctions.map(|(node, file)| junction(node, file)).collect();
+    Command::with("blockdev-reopen", json!({"options": options}))
+}
+
+/// `discard` as for the filter.
+fn junction(node: &NodeName, file: &NodeName) -> Value {
+    json!({"driver": "raw", "node-name": node, "file": file, "discard": "unmap"})
+}
+
 pub(crate) fn add_access(node: &NodeName, filter: &NodeName) -> Command {
     Command::with(
         "blockdev-add",

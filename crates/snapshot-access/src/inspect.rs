@@ -16,6 +16,8 @@ use stillpoint_qmp::{Command, Qmp, Version};
 const OLDEST_QEMU: (u32, u32, u32) = (7, 1, 0);
 /// Below this an NBD export of a node in an iothread aborts QEMU (fixed in 8.2.1 and 9.0).
 const IOTHREADS_FROM: (u32, u32, u32) = (8, 2, 1);
+/// From here on `stop` can lose an interrupt that an iothread is about to send (ADR 0017).
+const STOP_LOSES_INTERRUPTS_FROM: (u32, u32, u32) = (8, 2, 0);
 
 /// A running VM, as it was when it was looked at.
 #[derive(Debug)]
@@ -32,6 +34,8 @@ pub struct Machine {
     pub off: bool,
     /// Its disks, in QEMU's order. Removable media are not disks.
     pub disks: Vec<Disk>,
+    /// Whether `stop` could make a disk of it hang for good.
+    pub(crate) stop_is_unsafe: bool,
     /// Disks in the way of a backup unless they are excluded, and why.
     pub obstacles: Vec<(DiskName, String)>,
 }
@@ -176,6 +180,7 @@ impl Machine {
             status: status.status,
             off: false,
             disks: Vec::new(),
+            stop_is_unsafe: false,
             obstacles: Vec::new(),
         };
         machine.refuse_what_others_do(qmp).await?;
@@ -197,6 +202,7 @@ impl Machine {
             status: "off".into(),
             off: true,
             disks: Vec::new(),
+            stop_is_unsafe: false,
             obstacles: Vec::new(),
         };
         for (disk, node) in disks {
@@ -288,20 +294,16 @@ impl Machine {
         if threads.is_empty() {
             return Ok(());
         }
+        // Whatever has it: a device that is not backed up would hang just the same.
+        self.stop_is_unsafe = self.qemu.number() >= STOP_LOSES_INTERRUPTS_FROM;
         for disk in &self.disks {
-            let why = match find_iothread(qmp, &disk.front_end).await? {
-                Some(_) if self.qemu.number() < IOTHREADS_FROM => format!(
+            if self.qemu.number() < IOTHREADS_FROM && has_iothread(qmp, &disk.front_end).await? {
+                let why = format!(
                     "it has an iothread, and QEMU {} aborts when such a disk is exported (fixed in 8.2.1)",
                     self.qemu
-                ),
-                Some(Owner::Controller) => {
-                    "its SCSI controller has an iothread, and QEMU can then lose an interrupt \
-                     when the guest is paused, after which the disk hangs (ADR 0017)"
-                        .to_owned()
-                }
-                Some(Owner::Device) | None => continue,
-            };
-            self.obstacles.push((disk.name.clone(), why));
+                );
+                self.obstacles.push((disk.name.clone(), why));
+            }
         }
         Ok(())
     }
@@ -323,26 +325,17 @@ pub(crate) fn refuse_old(qemu: &Version) -> Result<()> {
     Ok(())
 }
 
-/// What has an iothread.
-#[derive(Clone, Copy)]
-enum Owner {
-    /// The disk's own device.
-    Device,
-    /// The controller that its bus belongs to.
-    Controller,
-}
-
 /// Whether the device itself, or the controller that its bus belongs to, has an iothread.
-async fn find_iothread(qmp: &Qmp, front_end: &str) -> Result<Option<Owner>> {
-    let mut start = vec![(front_end.to_owned(), Owner::Device)];
+async fn has_iothread(qmp: &Qmp, front_end: &str) -> Result<bool> {
+    let mut start = vec![front_end.to_owned()];
     if let Ok(Value::String(bus)) = qmp.execute(command::qom_get(front_end, "parent_bus")).await {
-        start.push((bus, Owner::Controller));
+        start.push(bus);
     }
-    for (path, owner) in start {
+    for path in start {
         let mut path = path.as_str();
         while !path.is_empty() && path != "/machine" {
             match qmp.execute(command::qom_get(path, "iothread")).await {
-                Ok(Value::String(thread)) if !thread.is_empty() => return Ok(Some(owner)),
+                Ok(Value::String(thread)) if !thread.is_empty() => return Ok(true),
                 Ok(_) => {}
                 // Most objects have no such property.
                 Err(error) if error.class().is_some() => {}
@@ -351,7 +344,7 @@ async fn find_iothread(qmp: &Qmp, front_end: &str) -> Result<Option<Owner>> {
             path = path.rsplit_once('/').map_or("", |(parent, _)| parent);
         }
     }
-    Ok(None)
+    Ok(false)
 }
 
 /// What is wrong with a bitmap that has a name of ours and is not ours.

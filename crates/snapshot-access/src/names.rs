@@ -3,6 +3,7 @@
 //! ```text
 //!  stillpoint-fleece-0    node       fleecing image of disk 0
 //!  stillpoint-filter-0    node       copy-before-write filter of disk 0
+//!  stillpoint-junction-0  node       what the front end of disk 0 stands on while its filter is slid in below
 //!  stillpoint-access-0    node       snapshot access of disk 0
 //!  stillpoint-export-0    export     NBD export of the latter
 //!  stillpoint-fd-0        fd set     (its `opaque`)
@@ -22,11 +23,22 @@ pub(crate) const LISTENER: &str = "stillpoint-listener";
 /// The frozen copy of a bitmap that one run reads by.
 pub(crate) const READ_BITMAP: &str = "stillpoint-read";
 
+/// Roles of nodes, the part of a name between prefix and number.
+const FILTER: &str = "filter";
+const JUNCTION: &str = "junction";
+
+/// The filter of the disk whose junction is called `name`, if that is one.
+pub(crate) fn filter_of_junction(name: &str) -> Option<String> {
+    let disk = name.strip_prefix(PREFIX)?.strip_prefix(JUNCTION)?;
+    Some(format!("{PREFIX}{FILTER}{disk}"))
+}
+
 /// The nodes of one disk.
 #[derive(Debug, Clone)]
 pub(crate) struct Names {
     pub(crate) fleecing: NodeName,
     pub(crate) filter: NodeName,
+    pub(crate) junction: NodeName,
     pub(crate) access: NodeName,
     pub(crate) export: String,
     pub(crate) fd_set: String,
@@ -37,7 +49,8 @@ impl Names {
         let node = |role: &str| format!("{PREFIX}{role}-{disk}").parse();
         Ok(Self {
             fleecing: node("fleece")?,
-            filter: node("filter")?,
+            filter: node(FILTER)?,
+            junction: node(JUNCTION)?,
             access: node("access")?,
             export: format!("{PREFIX}export-{disk}"),
             fd_set: format!("{PREFIX}fd-{disk}"),

@@ -25,8 +25,8 @@ const FLUSH_DEADLINE: Duration = Duration::from_secs(20);
 pub struct Instant {
     /// When, by this host's clock.
     pub time: std::time::SystemTime,
-    /// How long the guest stood still at the most: from sending `stop` until `cont` was answered. Zero if it did not
-    /// run anyway.
+    /// How long the guest, or its requests alone, stood still at the most: from sending `stop` until `cont` was
+    /// answered, or as long as `blockdev-reopen` took. Zero if it did not run anyway.
     pub pause: Duration,
 }
 
@@ -80,6 +80,19 @@ pub(crate) async fn switch(qmp: &Qmp, running: bool, switches: Vec<Command>) -> 
         Some(error) => Err(qmp_error("point the front ends at their filters", error)),
         None => Ok(Instant { time, pause: if running { pause } else { Duration::ZERO } }),
     }
+}
+
+/// Slides the filters in below the junctions at one instant, while the guest runs: it notices that its requests take
+/// longer, and nothing else.
+pub(crate) async fn drain_and_switch(qmp: &Qmp, command: Command) -> Result<Instant> {
+    let time = std::time::SystemTime::now();
+    let replies = qmp.pipeline(vec![command]).await.map_err(|error| qmp_error("take the instant", error))?;
+    let pause =
+        replies.done.last().map_or(Duration::ZERO, |done| done.saturating_duration_since(replies.sent));
+    for reply in replies.replies {
+        reply.map_err(|error| qmp_error("slide the filters in", error))?;
+    }
+    Ok(Instant { time, pause })
 }
 
 /// One more try, whatever the reason: a paused guest is the worst that we can leave. A guest that has powered itself

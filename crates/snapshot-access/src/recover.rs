@@ -119,6 +119,7 @@ impl LeftOvers {
                 Step::Node { .. }
                     | Step::ReadBitmap { .. }
                     | Step::Drive { .. }
+                    | Step::Junction { .. }
                     | Step::Export { .. }
                     | Step::Pause
             )
@@ -174,7 +175,11 @@ async fn in_the_graph(qmp: &Qmp, journal: &[Step]) -> Result<Vec<Step>> {
         let of_role = ours.iter().filter(|name| name.as_str().starts_with(&prefix));
         steps.extend(of_role.map(|name| Step::Node { name: name.clone() }));
     }
-    steps.extend(switched_drives(qmp, &blocks, journal).await?);
+    let (drives, junctions) = switched_drives(qmp, &blocks, journal).await?;
+    steps.extend(drives);
+    let junction_nodes = ours.iter().filter(|name| names::filter_of_junction(name.as_str()).is_some());
+    steps.extend(junction_nodes.map(|name| Step::Node { name: name.clone() }));
+    steps.extend(junctions);
     let access = format!("{}access-", names::PREFIX);
     let access = ours.iter().filter(|name| name.as_str().starts_with(&access));
     steps.extend(access.map(|name| Step::Node { name: name.clone() }));
@@ -212,9 +217,9 @@ async fn our_fd_sets(qmp: &Qmp) -> Result<Vec<String>> {
     Ok(ours)
 }
 
-/// Front ends that are on a filter of ours.
-async fn switched_drives(qmp: &Qmp, blocks: &[Value], journal: &[Step]) -> Result<Vec<Step>> {
-    let mut drives = Vec::new();
+/// Front ends that are on a filter of ours, and those of them that are on a junction above it or still without it.
+async fn switched_drives(qmp: &Qmp, blocks: &[Value], journal: &[Step]) -> Result<(Vec<Step>, Vec<Step>)> {
+    let (mut drives, mut junctions) = (Vec::new(), Vec::new());
     let mut below = None;
     for block in blocks {
         let node = block.pointer("/inserted/node-name").and_then(Value::as_str);
@@ -226,22 +231,28 @@ async fn switched_drives(qmp: &Qmp, blocks: &[Value], journal: &[Step]) -> Resul
             Some(below) => below,
             None => below.insert(nodes_below(qmp).await),
         };
+        let named = |name: &str| name.parse::<NodeName>().ok();
+        let junction = names::filter_of_junction(node);
+        let filter = junction.as_deref().unwrap_or(node);
         let journaled = journal.iter().rev().find_map(|step| match step {
-            Step::Drive { filter, original, .. } if filter.as_str() == node => Some(original.clone()),
+            Step::Drive { filter: known, original, .. } if known.as_str() == filter => Some(original.clone()),
             _ => None,
         });
-        let named = |name: &str| name.parse::<NodeName>().ok();
-        let (Some(filter), Some(original)) =
-            (named(node), below.get(node).and_then(|name| named(name)).or(journaled))
+        let (Some(on), Some(filter), Some(original)) =
+            (named(node), named(filter), below.get(filter).and_then(|name| named(name)).or(journaled))
         else {
             let context = format!(
                 "front end {front_end} is on our filter {node}, and nothing tells which node it had before"
             );
             return Err(Error::new(ErrorKind::LeftBehind, context));
         };
+        if junction.is_some() {
+            let (front_end, filter) = (front_end.clone(), filter.clone());
+            junctions.push(Step::Junction { front_end, junction: on, filter });
+        }
         drives.push(Step::Drive { front_end, filter, original });
     }
-    Ok(drives)
+    Ok((drives, junctions))
 }
 
 /// For each of our filters the node it stands on, as the graph says; nothing if QEMU has no such command.

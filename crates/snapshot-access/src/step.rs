@@ -16,6 +16,7 @@
 //! | `Freeze`         | `guest-fsfreeze-freeze`            | `guest-fsfreeze-thaw`, then `Thawed`            |
 //! | `Pause`          | `stop`                             | `cont`, then `Resumed`                          |
 //! | `Drive`          | `qom-set` to the filter            | `qom-set` to the disk's own node                |
+//! | `Junction`       | `qom-set` to the junction          | `qom-set` to the filter, which `Drive` undoes   |
 //! | `Export`         | `block-export-add`                 | `block-export-del`, then awaited                |
 
 use crate::{
@@ -80,6 +81,13 @@ pub(crate) enum Step {
         filter: NodeName,
         original: NodeName,
     },
+    /// Undone before its `Drive`: whether the junction stands on the filter or on the disk's own node by then, the
+    /// filter can take its place.
+    Junction {
+        front_end: String,
+        junction: NodeName,
+        filter: NodeName,
+    },
     Export {
         id: String,
     },
@@ -103,6 +111,7 @@ impl Step {
             Self::Pause => "pause",
             Self::Resumed => "resumed",
             Self::Drive { .. } => "drive",
+            Self::Junction { .. } => "junction",
             Self::Export { .. } => "export",
         }
     }
@@ -121,6 +130,9 @@ impl Step {
             Self::Freeze { agent } => freeze::thaw_after_a_death(agent).await,
             Self::Pause => resume(qmp).await,
             Self::Drive { front_end, filter, original } => drive_back(qmp, front_end, filter, original).await,
+            Self::Junction { front_end, junction, filter } => {
+                drive_back(qmp, front_end, junction, filter).await
+            }
             Self::Export { id } => delete_export(qmp, id).await,
             Self::Begin { .. }
             | Self::FleecingFile { .. }
@@ -169,6 +181,7 @@ impl Step {
             Self::Drive { front_end, filter, original } => {
                 format!("front end {front_end} on filter {filter} (belongs to node {original})")
             }
+            Self::Junction { front_end, junction, .. } => format!("front end {front_end} on node {junction}"),
             Self::Export { id } => format!("NBD export {id}"),
         }
     }
@@ -238,9 +251,10 @@ async fn delete_node(qmp: &Qmp, name: &NodeName) -> Result<()> {
     }
 }
 
-async fn drive_back(qmp: &Qmp, front_end: &str, filter: &NodeName, original: &NodeName) -> Result<()> {
+/// Points a front end that is on `ours` at `original`.
+async fn drive_back(qmp: &Qmp, front_end: &str, ours: &NodeName, original: &NodeName) -> Result<()> {
     match current_node(qmp, front_end).await? {
-        Some(node) if node == filter.as_str() => {
+        Some(node) if node == ours.as_str() => {
             qmp.execute(command::set_drive(front_end, original)).await.map_err(|error| {
                 qmp_error(&format!("give front end {front_end} its node {original} back"), error)
             })?;

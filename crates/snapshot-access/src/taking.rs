@@ -40,6 +40,8 @@ pub(crate) struct Taking {
     listener: Option<Listener>,
     freeze: Freeze,
     held_power: bool,
+    /// The front ends are on junctions, so that no pause is needed.
+    joined: bool,
     /// No guest runs on these disks, so what is read is the disk itself.
     off: bool,
 }
@@ -57,7 +59,7 @@ pub(crate) struct Opened {
 impl Taking {
     pub(crate) fn new(qmp: Qmp, steps: Steps, off: bool) -> Self {
         let freeze = Freeze::without("the VM is off");
-        Self { qmp, steps, disks: Vec::new(), listener: None, freeze, held_power: false, off }
+        Self { qmp, steps, disks: Vec::new(), listener: None, freeze, held_power: false, joined: false, off }
     }
 
     /// Everything up to the guest running again.
@@ -86,6 +88,9 @@ impl Taking {
             );
             self.execute(&format!("add the filter of disk {}", disk.disk.name), filter).await?;
         }
+        if machine.running && machine.stop_is_unsafe {
+            self.add_junctions(plan).await?;
+        }
         if machine.running && power::ends_qemu(&self.qmp) == Some(true) {
             self.steps.note(&Step::ShutdownAction)?;
             self.held_power = true;
@@ -93,6 +98,9 @@ impl Taking {
         }
         pause::flush_host_caches(plan.iter().filter_map(|disk| disk.disk.image.clone())).await;
         let instant = self.stand_still(machine, plan, settings).await?;
+        if self.joined {
+            self.remove_junctions(plan).await?;
+        }
         self.freeze_read_bitmaps(plan).await?;
         Ok(instant)
     }
@@ -158,7 +166,54 @@ impl Taking {
         if *interrupted.borrow() {
             return Err(Error::new(ErrorKind::Cancelled, "the run was interrupted before the instant"));
         }
+        if self.joined {
+            return self.switch_junctions().await;
+        }
         self.switch(plan, Some(guard)).await
+    }
+
+    /// Puts every front end on a junction above its disk, one by one and while the guest runs.
+    async fn add_junctions(&mut self, plan: &[DiskPlan]) -> Result<()> {
+        self.joined = true;
+        for index in 0..plan.len() {
+            let (Some(plan), Some(taking)) = (plan.get(index), self.disks.get(index)) else { break };
+            let (front_end, node) = (plan.disk.front_end.clone(), plan.disk.node.clone());
+            let Names { filter, junction, .. } = taking.names.clone();
+            let add = command::add_junction(&junction, &node);
+            let join = command::set_drive(&front_end, &junction);
+            self.record_drive(plan, &filter)?;
+            self.steps.record(Step::Node { name: junction.clone() })?;
+            self.execute(&format!("add the junction of disk {}", plan.disk.name), add).await?;
+            self.steps.record(Step::Junction { front_end, junction, filter })?;
+            self.execute(&format!("point disk {} at its junction", plan.disk.name), join).await?;
+        }
+        Ok(())
+    }
+
+    /// The instant of a guest that is not paused for it: QEMU drains all disks, so that nothing is on its way to any of
+    /// them, slides the filters in, and lets requests in again.
+    async fn switch_junctions(&self) -> Result<Instant> {
+        let junctions = self.disks.iter().map(|disk| (&disk.names.junction, &disk.names.filter));
+        pause::drain_and_switch(&self.qmp, command::switch_junctions(junctions)).await
+    }
+
+    /// Takes the junctions out, which have served, so that the front ends are on their filters.
+    async fn remove_junctions(&self, plan: &[DiskPlan]) -> Result<()> {
+        for (plan, disk) in plan.iter().zip(&self.disks) {
+            let leave = command::set_drive(&plan.disk.front_end, &disk.names.filter);
+            self.execute(&format!("point disk {} at its filter", plan.disk.name), leave).await?;
+            let remove = command::delete_node(disk.names.junction.as_str());
+            self.execute(&format!("remove the junction of disk {}", plan.disk.name), remove).await?;
+        }
+        Ok(())
+    }
+
+    fn record_drive(&mut self, plan: &DiskPlan, filter: &NodeName) -> Result<()> {
+        self.steps.record(Step::Drive {
+            front_end: plan.disk.front_end.clone(),
+            filter: filter.clone(),
+            original: plan.disk.node.clone(),
+        })
     }
 
     async fn execute(&self, doing: &str, command: stillpoint_qmp::Command) -> Result<serde_json::Value> {
@@ -280,15 +335,14 @@ impl Taking {
 
     /// The instant. Without a guard the guest does not run.
     async fn switch(&mut self, plan: &[DiskPlan], guard: Option<&mut Guard>) -> Result<Instant> {
-        let mut switches = Vec::new();
+        let (mut switches, mut recorded) = (Vec::new(), Vec::new());
         for (plan, disk) in plan.iter().zip(&self.disks) {
-            let disk_filter = &disk.names.filter;
-            self.steps.record(Step::Drive {
-                front_end: plan.disk.front_end.clone(),
-                filter: disk_filter.clone(),
-                original: plan.disk.node.clone(),
-            })?;
-            switches.push(command::set_drive(&plan.disk.front_end, disk_filter));
+            let filter = disk.names.filter.clone();
+            switches.push(command::set_drive(&plan.disk.front_end, &filter));
+            recorded.push((plan, filter));
+        }
+        for (plan, filter) in recorded {
+            self.record_drive(plan, &filter)?;
         }
         let Some(guard) = guard else { return pause::switch(&self.qmp, false, switches).await };
         self.steps.note(&Step::Pause)?;
