@@ -23,8 +23,16 @@
 //! assert_eq!(Stamp::read(&block), Some(stamp));
 //! ```
 
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::indexing_slicing,
+    reason = "a test's own program: its numbers are the test's, and a panic in it is a failed test"
+)]
+
+mod histogram;
 mod layout;
 mod stamp;
 
+pub use histogram::{Histogram, Recorder};
 pub use layout::{Layout, Operation};
 pub use stamp::{BLOCK, STREAMS_MOST, Stamp, is_zero};

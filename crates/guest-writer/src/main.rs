@@ -6,7 +6,9 @@
 //! | `status` | `status WRITES ERRORS LONGEST_US` |
 //! | `stop` | `stopped WRITES ERRORS LONGEST_US`, with nothing in flight |
 //! | `mark` | `marked N...`: the last operation acknowledged, by stream |
-//! | `latency` | `latency COUNT P50_US P99_US LONGEST_US`, since last asked |
+//! | `read RATE` | `reading`: a thread a disk reads 4 KiB anywhere in it, RATE times a second, until `stop` |
+//! | `latency` | `latency HISTOGRAM`: of the writes since last asked |
+//! | `read-latency` | `read-latency HISTOGRAM` |
 //! | `rate RATE` | `rate RATE` |
 //! | `error` | `error` and the first I/O error, if there was one |
 //! | `sync` | `synced`, when all disks have flushed |
@@ -25,7 +27,6 @@
 )]
 
 mod disk;
-mod latency;
 mod storm;
 
 use std::{
@@ -109,10 +110,15 @@ fn carry_out(storm: &mut Option<Storm>, words: &[&str]) -> Result<String, String
             Ok("filled".into())
         }
         _ => {
-            let storm = storm.as_ref().ok_or("no storm was started, or no such command")?;
+            let storm = storm.as_mut().ok_or("no storm was started, or no such command")?;
             match words {
                 ["mark"] => Ok(format!("marked {}", storm.mark())),
+                ["read", rate] => {
+                    storm.read(number(rate)?);
+                    Ok("reading".into())
+                }
                 ["latency"] => Ok(format!("latency {}", storm.latency())),
+                ["read-latency"] => Ok(format!("read-latency {}", storm.read_latency())),
                 ["error"] => Ok(format!("error {}", storm.error())),
                 ["sync"] => storm.sync().map(|()| "synced".into()),
                 ["rate", rate] => {

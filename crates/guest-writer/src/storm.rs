@@ -2,10 +2,9 @@
 
 use crate::{
     disk::{self, Aligned},
-    latency::Latency,
     number,
 };
-use guest_writer::{BLOCK, Layout, STREAMS_MOST, Stamp};
+use guest_writer::{BLOCK, Histogram, Layout, Recorder, STREAMS_MOST, Stamp};
 use rustix::fs::fdatasync;
 use std::{
     fs::File,
@@ -37,7 +36,8 @@ struct Shared {
     errors: AtomicU64,
     first_error: OnceLock<String>,
     longest: AtomicU64,
-    latency: Latency,
+    latency: Recorder,
+    read_latency: Recorder,
     acked: [AtomicU64; STREAMS_MOST],
 }
 
@@ -95,7 +95,8 @@ impl Storm {
             errors: AtomicU64::new(0),
             first_error: OnceLock::new(),
             longest: AtomicU64::new(0),
-            latency: Latency::new(),
+            latency: Recorder::default(),
+            read_latency: Recorder::default(),
             acked,
         });
         let threads = (0..streams).map(|stream| {
@@ -120,8 +121,20 @@ impl Storm {
         join(&self.shared.acknowledged())
     }
 
-    pub(crate) fn latency(&self) -> String {
-        join(&self.shared.latency.take())
+    pub(crate) fn latency(&self) -> Histogram {
+        self.shared.latency.take()
+    }
+
+    pub(crate) fn read_latency(&self) -> Histogram {
+        self.shared.read_latency.take()
+    }
+
+    /// Starts a reader on each disk.
+    pub(crate) fn read(&mut self, rate: u64) {
+        for disk in 0..self.shared.disks.len() {
+            let shared = Arc::clone(&self.shared);
+            self.threads.push(std::thread::spawn(move || shared.read_on(disk, rate)));
+        }
     }
 
     pub(crate) fn error(&self) -> &str {
@@ -155,6 +168,39 @@ fn join(numbers: &[u64]) -> String {
 }
 
 impl Shared {
+    fn read_on(&self, disk: usize, rate: u64) {
+        let mut buffer = Aligned::new(BLOCK);
+        let mut due = Instant::now();
+        let blocks = self.layout.disk_blocks[disk].max(1);
+        let mut at = self.layout.seed;
+        while !self.stop.load(Ordering::SeqCst) {
+            // Knuth's multiplier: any walk will do that does not repeat soon.
+            at = at.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(disk as u64 | 1);
+            let issued = Instant::now();
+            let offset = (at >> 16) % blocks * BLOCK as u64;
+            if let Err(error) = self.disks[disk].plain.read_exact_at(buffer.bytes(BLOCK), offset) {
+                return self.fail(format!("reading disk {disk}: {error}"));
+            }
+            self.read_latency.record(u64::try_from(issued.elapsed().as_micros()).unwrap_or(u64::MAX));
+            due = self.keep_rate(rate, due);
+        }
+    }
+
+    /// Waits until the next operation is due, and returns when that was.
+    fn keep_rate(&self, rate: u64, due: Instant) -> Instant {
+        let Some(pause) = 1_000_000u64.checked_div(rate) else { return Instant::now() };
+        let due = due + Duration::from_micros(pause);
+        while !self.stop.load(Ordering::SeqCst) {
+            let left = due.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            std::thread::sleep(left.min(Duration::from_millis(50)));
+        }
+        // A stall is not made up for by a burst.
+        due.max(Instant::now())
+    }
+
     fn acknowledged(&self) -> Vec<u64> {
         self.acked
             .iter()
@@ -198,7 +244,7 @@ impl Writer {
             shared.longest.fetch_max(took, Ordering::SeqCst);
             acked.store(sequence, Ordering::SeqCst);
             shared.writes.fetch_add(1, Ordering::SeqCst);
-            due = self.keep_rate(due);
+            due = shared.keep_rate(shared.rate.load(Ordering::SeqCst), due);
         }
     }
 
@@ -228,21 +274,5 @@ impl Writer {
         }
         let file = if self.durable { &disk.durable } else { &disk.plain };
         file.write_all_at(bytes, offset)
-    }
-
-    /// Waits until the next operation is due, and returns when that was.
-    fn keep_rate(&self, due: Instant) -> Instant {
-        let rate = self.shared.rate.load(Ordering::SeqCst);
-        let Some(pause) = 1_000_000u64.checked_div(rate) else { return Instant::now() };
-        let due = due + Duration::from_micros(pause);
-        while !self.shared.stop.load(Ordering::SeqCst) {
-            let left = due.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                break;
-            }
-            std::thread::sleep(left.min(Duration::from_millis(50)));
-        }
-        // A stall is not made up for by a burst.
-        due.max(Instant::now())
     }
 }

@@ -42,9 +42,10 @@ fn storm(what: &str, guest: GuestBuilder, cuts: u32) -> Result<()> {
     let begun = Instant::now();
     std::thread::sleep(Duration::from_secs(5));
     let latency = guest.latency()?;
-    let rate = latency.operations as f64 / begun.elapsed().as_secs_f64();
+    let rate = latency.operations() as f64 / begun.elapsed().as_secs_f64();
     let ms = |time: Duration| time.as_secs_f64() * 1000.0;
-    let (median, p99, longest) = (ms(latency.median), ms(latency.p99), ms(latency.longest));
+    let (median, p99, longest) =
+        (ms(latency.quantile(500)), ms(latency.quantile(990)), ms(latency.longest()));
     println!("{what}: {rate:.0} writes/s; {median:.2} ms median, {p99:.1} ms p99, {longest:.1} ms longest");
     let mut violations = 0;
     let mut operations = 0;

@@ -2,7 +2,7 @@
 
 use crate::{Guest, guest::ANSWER};
 use anyhow::{Context as _, Result, bail, ensure};
-use guest_writer::{BLOCK, Layout};
+use guest_writer::{BLOCK, Histogram, Layout};
 use std::{
     sync::atomic::{AtomicU64, Ordering},
     time::{Duration, Instant},
@@ -87,19 +87,6 @@ pub struct StormCounts {
     pub longest: Duration,
 }
 
-/// How long the guest's operations took within a while.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Latency {
-    /// Operations done in it.
-    pub operations: u64,
-    /// Half took no longer; like the next, up to a quarter too high.
-    pub median: Duration,
-    /// 99 in 100 took no longer.
-    pub p99: Duration,
-    /// The longest.
-    pub longest: Duration,
-}
-
 impl Guest {
     /// Starts to write on all disks; `rate` operations a second and stream, 0 for full speed.
     ///
@@ -176,16 +163,34 @@ impl Guest {
         numbers(&answer, "marked")
     }
 
-    /// How long operations took since this was last asked.
+    /// Lets a thread on each disk read 4 KiB anywhere in it, `rate` times a second, until the storm is stopped.
     ///
     /// # Errors
     /// If no storm was started.
-    pub fn latency(&mut self) -> Result<Latency> {
-        let answer = self.ask("latency")?;
-        let numbers = numbers(&answer, "latency")?;
-        let [operations, median, p99, longest] = numbers[..] else { bail!("the guest answers {answer:?}") };
-        let time = Duration::from_micros;
-        Ok(Latency { operations, median: time(median), p99: time(p99), longest: time(longest) })
+    pub fn start_reading(&mut self, rate: u64) -> Result<()> {
+        self.ask(&format!("read {rate}")).map(|_| ())
+    }
+
+    /// How long writes took since this was last asked.
+    ///
+    /// # Errors
+    /// If no storm was started.
+    pub fn latency(&mut self) -> Result<Histogram> {
+        self.histogram("latency")
+    }
+
+    /// How long reads took since this was last asked.
+    ///
+    /// # Errors
+    /// If no storm was started.
+    pub fn read_latency(&mut self) -> Result<Histogram> {
+        self.histogram("read-latency")
+    }
+
+    fn histogram(&mut self, of: &str) -> Result<Histogram> {
+        let answer = self.ask(of)?;
+        let told = answer.strip_prefix(of).and_then(Histogram::parse);
+        told.with_context(|| format!("the guest answers {answer:?}"))
     }
 
     /// The first I/O error that the storm met.
