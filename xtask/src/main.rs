@@ -5,9 +5,11 @@
 //! | `cargo xtask demo`    | backs up a real guest while it writes, restores every point and proves each      |
 //! | `cargo xtask test`    | installs what the tests need, runs them all, and counts what had to be skipped   |
 //! | `cargo xtask check`   | format, lints, documentation, licences and sources of dependencies               |
+//! | `cargo xtask bench`   | measures Stillpoint beside others, what it costs a guest, and what limits it     |
 //! | `cargo xtask ci`      | `check`, QEMU 10 where it can be had, `test`                                     |
 //! | `cargo xtask qemu10`  | puts a Debian 13 with QEMU 10 into `/opt/trixie`, for the tests that want it      |
 
+mod bench;
 mod check;
 mod demo;
 mod deny;
@@ -31,6 +33,8 @@ enum Task {
     Demo,
     /// Install what the tests need, run them all, count what had to be skipped
     Test(suite::Options),
+    /// Measure Stillpoint beside what a user would take instead, and what a backup costs the guest
+    Bench(bench::Options),
     /// Format, lints, documentation, licences and sources of dependencies
     Check,
     /// What decides whether a change is good: check, then all tests
@@ -43,6 +47,7 @@ fn main() -> Result<()> {
     match Arguments::parse().task {
         Task::Demo => demo::run(),
         Task::Test(options) => suite::run(&options),
+        Task::Bench(options) => bench::run(&options),
         Task::Check => check::run(),
         Task::Ci => {
             check::run()?;
