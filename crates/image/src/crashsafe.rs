@@ -134,6 +134,12 @@ impl Directory {
             .map_err(|source| self.error("create", name, source))
     }
 
+    /// Opens a file that was just created once more, for writing past the page cache; `None` where that cannot be.
+    pub(crate) fn open_direct(&self, name: &str) -> Option<File> {
+        let flags = OFlags::WRONLY | OFlags::DIRECT | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        rustix::fs::openat(&self.fd, name, flags, Mode::empty()).map(File::from).ok()
+    }
+
     /// Opens the regular file `name` for reading.
     ///
     /// # Errors

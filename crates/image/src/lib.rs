@@ -31,6 +31,7 @@
 
 mod block_on;
 pub mod crashsafe;
+mod direct;
 mod error;
 mod format;
 mod layer;

@@ -1,6 +1,8 @@
 //! Sparse raw images.
 
-use crate::{Directory, Error, ErrorKind, Result, writeback::Writeback, zero::data_parts};
+use crate::{
+    Directory, Error, ErrorKind, Result, direct::DirectFile, writeback::Writeback, zero::data_parts,
+};
 use rustix::fs::{FallocateFlags, fallocate};
 use std::{fs::File, os::unix::fs::FileExt, path::PathBuf};
 use stillpoint_model::{Length, Offset, Range};
@@ -13,6 +15,8 @@ const HOLE: u64 = 64 << 10;
 #[derive(Debug)]
 pub struct RawWriter {
     file: File,
+    /// Past the page cache, where its file system can do that.
+    direct: Option<DirectFile>,
     path: PathBuf,
     size: Length,
     writeback: Writeback,
@@ -27,7 +31,8 @@ impl RawWriter {
         let path = directory.path().join(name);
         let file = directory.create_file(name)?;
         file.set_len(size.get()).map_err(|source| Error::at("set the length of", &path, source))?;
-        Ok(Self { file, path, size, writeback: Writeback::default() })
+        let direct = DirectFile::open(directory, name);
+        Ok(Self { file, direct, path, size, writeback: Writeback::default() })
     }
 
     fn check(&self, at: Offset, length: Length) -> Result<()> {
@@ -54,10 +59,14 @@ impl RawWriter {
         for part in data_parts(at.get(), bytes, HOLE) {
             let position = at.get() + part.start as u64;
             let data = bytes.get(part).unwrap_or_default();
-            self.file
-                .write_all_at(data, position)
-                .map_err(|source| Error::at("write", &self.path, source))?;
-            self.writeback.wrote(&self.file, data.len());
+            let failed = |source| Error::at("write", &self.path, source);
+            let written =
+                self.direct.as_ref().map_or(Ok(0), |file| file.write(data, position)).map_err(failed)?;
+            let rest = data.get(written..).unwrap_or_default();
+            if !rest.is_empty() {
+                self.file.write_all_at(rest, position + written as u64).map_err(failed)?;
+                self.writeback.wrote(&self.file, rest.len());
+            }
         }
         Ok(())
     }

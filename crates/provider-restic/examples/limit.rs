@@ -82,34 +82,28 @@ fn main() -> std::io::Result<()> {
 
 /// Each kind of work by itself, on one core: bytes a second.
 fn alone(chunks: &[Vec<u8>], key: &Key) {
-    let bytes: usize = chunks.iter().map(Vec::len).sum();
-    let rate = |name: &str, mut work: Box<dyn FnMut(&[u8]) + '_>| {
-        let started = Instant::now();
-        chunks.iter().for_each(|chunk| work(chunk));
-        println!("{name} {}", bytes as f64 / started.elapsed().as_secs_f64());
-    };
-    rate("hash", Box::new(|chunk| drop(std::hint::black_box(Sha256::digest(chunk)))));
+    rate("hash", chunks, |chunk| {
+        let _ = std::hint::black_box(Sha256::digest(chunk));
+    });
     let mut compressor = zstd::bulk::Compressor::new(1).ok();
     let mut room = vec![0; zstd::zstd_safe::compress_bound(1 << 20)];
-    rate(
-        "compress",
-        Box::new(move |chunk| {
-            if let Some(compressor) = compressor.as_mut() {
-                let _ = std::hint::black_box(compressor.compress_to_buffer(chunk, room.as_mut_slice()));
-            }
-        }),
-    );
+    rate("compress", chunks, |chunk| {
+        if let Some(compressor) = compressor.as_mut() {
+            let _ = std::hint::black_box(compressor.compress_to_buffer(chunk, room.as_mut_slice()));
+        }
+    });
     let cipher = Aes256CtrPoly1305Aes::new(key);
     let mut sealed = vec![0; 1 << 20];
-    rate(
-        "encrypt",
-        Box::new(move |chunk| {
-            let sealed = sealed.get_mut(..chunk.len()).unwrap_or_default();
-            let _ = std::hint::black_box(cipher.encrypt_in_place_detached(
-                Nonce::from_slice(&[1; 16]),
-                &[],
-                sealed,
-            ));
-        }),
-    );
+    rate("encrypt", chunks, |chunk| {
+        let sealed = sealed.get_mut(..chunk.len()).unwrap_or_default();
+        let nonce = Nonce::from_slice(&[1; 16]);
+        let _ = std::hint::black_box(cipher.encrypt_in_place_detached(nonce, &[], sealed));
+    });
+}
+
+fn rate(name: &str, chunks: &[Vec<u8>], mut work: impl FnMut(&[u8])) {
+    let bytes: usize = chunks.iter().map(Vec::len).sum();
+    let started = Instant::now();
+    chunks.iter().for_each(|chunk| work(chunk));
+    println!("{name} {}", bytes as f64 / started.elapsed().as_secs_f64());
 }

@@ -1,0 +1,55 @@
+//! Writing past the page cache.
+//!
+//! A backup writes more than fits there and never reads it back, the memory is the guests', and copying into the cache and
+//! flushing it at the end costs more time than writing at once.
+
+use crate::Directory;
+use std::{cell::RefCell, fs::File, io, os::unix::fs::FileExt as _};
+
+/// Memory, offsets and lengths of direct I/O are multiples of this on every common device (open(2), `O_DIRECT`).
+const ALIGNMENT: usize = 4096;
+/// Most bytes of one write.
+const PIECE: usize = 1 << 20;
+/// Less than this is better collected in the page cache.
+const SMALLEST: usize = 64 << 10;
+
+/// A file that is open past the page cache, besides its ordinary descriptor.
+#[derive(Debug)]
+pub(crate) struct DirectFile(File);
+
+impl DirectFile {
+    /// `name`, which was just created; `None` if its file system cannot do this.
+    pub(crate) fn open(directory: &Directory, name: &str) -> Option<Self> {
+        directory.open_direct(name).map(Self)
+    }
+
+    /// Writes as much of the beginning of `data` as can be written so, and tells how much that was; the rest is for the
+    /// ordinary descriptor.
+    ///
+    /// # Errors
+    /// If it cannot be written at all. A device that wants a coarser alignment is no error: nothing was written then.
+    pub(crate) fn write(&self, data: &[u8], at: u64) -> io::Result<usize> {
+        let whole = data.len() / ALIGNMENT * ALIGNMENT;
+        if whole < SMALLEST || !at.is_multiple_of(ALIGNMENT as u64) {
+            return Ok(0);
+        }
+        thread_local! {
+            static ROOM: RefCell<Vec<u8>> = RefCell::new(vec![0; PIECE + ALIGNMENT]);
+        }
+        ROOM.with_borrow_mut(|room| {
+            let start = room.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
+            let room = room.get_mut(start..start.saturating_add(PIECE)).unwrap_or_default();
+            let mut written = 0usize;
+            for piece in data.get(..whole).unwrap_or_default().chunks(PIECE) {
+                let aligned = room.get_mut(..piece.len()).unwrap_or_default();
+                aligned.copy_from_slice(piece);
+                match self.0.write_all_at(aligned, at.saturating_add(written as u64)) {
+                    Ok(()) => written = written.saturating_add(piece.len()),
+                    Err(error) if error.kind() == io::ErrorKind::InvalidInput => break,
+                    Err(error) => return Err(error),
+                }
+            }
+            Ok(written)
+        })
+    }
+}
