@@ -33,6 +33,14 @@ impl DirectFile {
         if whole < SMALLEST || !at.is_multiple_of(ALIGNMENT as u64) {
             return Ok(0);
         }
+        let data = data.get(..whole).unwrap_or_default();
+        if data.as_ptr().align_offset(ALIGNMENT) == 0 {
+            return match self.0.write_all_at(data, at) {
+                Ok(()) => Ok(whole),
+                Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(0),
+                Err(error) => Err(error),
+            };
+        }
         thread_local! {
             static ROOM: RefCell<Vec<u8>> = RefCell::new(vec![0; PIECE + ALIGNMENT]);
         }
@@ -40,7 +48,7 @@ impl DirectFile {
             let start = room.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
             let room = room.get_mut(start..start.saturating_add(PIECE)).unwrap_or_default();
             let mut written = 0usize;
-            for piece in data.get(..whole).unwrap_or_default().chunks(PIECE) {
+            for piece in data.chunks(PIECE) {
                 let aligned = room.get_mut(..piece.len()).unwrap_or_default();
                 aligned.copy_from_slice(piece);
                 match self.0.write_all_at(aligned, at.saturating_add(written as u64)) {

@@ -1,10 +1,11 @@
 //! A request's answer while its pieces arrive.
 
 use crate::{
+    buffer,
     context::Descriptor,
     error::{Error, Result},
 };
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use stillpoint_model::Range;
 
 /// How many separate stretches a read's pieces may form at a time. Servers send in order or nearly so; without a
@@ -43,7 +44,12 @@ pub(crate) struct ReadAssembly {
 impl ReadAssembly {
     /// Nothing is allocated until a byte arrives.
     pub(crate) fn new(range: Range) -> Self {
-        Self { range, bytes: BytesMut::new(), stretches: Vec::new() }
+        Self::into(range, BytesMut::new())
+    }
+
+    /// Into an empty buffer that has room for it.
+    pub(crate) fn into(range: Range, bytes: BytesMut) -> Self {
+        Self { range, bytes, stretches: Vec::new() }
     }
 
     fn length(&self) -> usize {
@@ -89,7 +95,7 @@ impl ReadAssembly {
     /// Where a claimed piece's bytes go.
     pub(crate) fn place(&mut self, start: usize, end: usize) -> Place<'_> {
         if self.bytes.capacity() == 0 {
-            self.bytes = BytesMut::with_capacity(self.length());
+            self.bytes = buffer::take(self.length());
         }
         if start > self.bytes.len() {
             self.bytes.resize(start, 0);
@@ -122,14 +128,14 @@ impl ReadAssembly {
     ///
     /// # Errors
     /// If a byte is missing.
-    pub(crate) fn finish(self) -> Result<Bytes> {
+    pub(crate) fn finish(self) -> Result<BytesMut> {
         if self.stretches != [(0, self.length())] || self.bytes.len() != self.length() {
             return Err(Error::protocol(format!(
                 "NBD server ended the read of {} before its last byte",
                 self.range
             )));
         }
-        Ok(self.bytes.freeze())
+        Ok(self.bytes)
     }
 }
 

@@ -37,6 +37,7 @@
 //! ```
 
 mod assembly;
+mod buffer;
 mod client;
 mod context;
 mod error;

@@ -9,7 +9,7 @@ use crate::{
 use bytes::{Bytes, BytesMut};
 use std::{
     collections::HashMap,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 use stillpoint_model::Range;
 use tokio::{
@@ -22,8 +22,83 @@ use tokio::{
 #[derive(Debug)]
 pub(crate) enum Answer {
     Done,
-    Bytes(Bytes),
+    Bytes(BytesMut),
     Status(Status),
+}
+
+/// Who waits for an answer.
+#[derive(Debug)]
+pub(crate) enum Waiter {
+    /// A call of one request.
+    Alone(oneshot::Sender<Result<Answer>>),
+    /// A read of several, of which this is one.
+    Part(Arc<Parts>, usize),
+}
+
+impl Waiter {
+    fn is_gone(&self) -> bool {
+        match self {
+            Self::Alone(answer) => answer.is_closed(),
+            Self::Part(parts, _) => parts.state().answer.as_ref().is_none_or(oneshot::Sender::is_closed),
+        }
+    }
+
+    fn tell(self, result: Result<Answer>) {
+        match self {
+            Self::Alone(answer) => {
+                let _ = answer.send(result);
+            }
+            Self::Part(parts, index) => parts.put(index, result),
+        }
+    }
+}
+
+/// A read that is made of several requests. Each fills its part of one buffer; whoever waits is woken once.
+#[derive(Debug)]
+pub(crate) struct Parts(Mutex<PartsState>);
+
+#[derive(Debug)]
+struct PartsState {
+    filled: Vec<Option<BytesMut>>,
+    missing: usize,
+    /// Gone with the first error.
+    answer: Option<oneshot::Sender<Result<Answer>>>,
+}
+
+impl Parts {
+    pub(crate) fn new(count: usize) -> (Arc<Self>, oneshot::Receiver<Result<Answer>>) {
+        let (answer, receiver) = oneshot::channel();
+        let filled = (0..count).map(|_| None).collect();
+        (Arc::new(Self(Mutex::new(PartsState { filled, missing: count, answer: Some(answer) }))), receiver)
+    }
+
+    fn state(&self) -> MutexGuard<'_, PartsState> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn put(&self, index: usize, result: Result<Answer>) {
+        let mut state = self.state();
+        let whole = match (result, state.filled.get_mut(index)) {
+            (Ok(Answer::Bytes(bytes)), Some(place @ None)) => {
+                *place = Some(bytes);
+                state.missing = state.missing.saturating_sub(1);
+                if state.missing > 0 {
+                    return;
+                }
+                let mut parts = state.filled.drain(..).flatten();
+                let mut whole = parts.next().unwrap_or_default();
+                // They are neighbours in one buffer, so that this moves no bytes.
+                parts.for_each(|part| whole.unsplit(part));
+                Ok(Answer::Bytes(whole))
+            }
+            // Nobody waits any more for an answer of which a part came as nothing.
+            (Ok(_), _) => Err(Error::new(ErrorKind::Disconnected, "nobody waits for this read any more")),
+            (Err(error), _) => Err(error),
+        };
+        if let Some(answer) = state.answer.take() {
+            let _ = answer.send(whole);
+        }
+    }
 }
 
 /// A request that the server has not finished answering. It outlives its caller: what it expects must be known to
@@ -36,20 +111,31 @@ pub(crate) struct Pending {
     /// The first error the server sent for it.
     pub(crate) failure: Option<Error>,
     pub(crate) errors: usize,
-    answer: oneshot::Sender<Result<Answer>>,
-    slot: OwnedSemaphorePermit,
+    pub(crate) waiter: Waiter,
+    /// One for each request.
+    pub(crate) slot: OwnedSemaphorePermit,
 }
 
 impl Pending {
+    pub(crate) fn new(
+        command: u16,
+        range: Range,
+        assembly: Assembly,
+        waiter: Waiter,
+        slot: OwnedSemaphorePermit,
+    ) -> Self {
+        Self { command, range, assembly, failure: None, errors: 0, waiter, slot }
+    }
+
     /// Whether nobody waits for it any more.
     pub(crate) fn is_abandoned(&self) -> bool {
-        self.answer.is_closed()
+        self.waiter.is_gone()
     }
 
     pub(crate) fn finish(self, result: Result<Answer>) {
         // The slot first: whoever saw the answer may count on it.
         drop(self.slot);
-        let _ = self.answer.send(result);
+        self.waiter.tell(result);
     }
 }
 
@@ -70,6 +156,22 @@ struct Table {
     broken: Option<Error>,
 }
 
+impl Table {
+    fn submit(&mut self, pending: Pending, payload: Bytes) -> Result<()> {
+        let Some(writer) = &self.writer else { return Err(broken(self.broken.as_ref())) };
+        let cookie = self.next_cookie;
+        self.next_cookie = cookie.wrapping_add(1);
+        let (offset, length) = (pending.range.start().get(), pending.range.length().get());
+        let request = Request { flags: 0, command: pending.command, cookie, offset, length };
+        if writer.send(Message { request, payload }).is_err() {
+            return Err(broken(self.broken.as_ref()));
+        }
+        // The reader cannot look for it before the table is unlocked.
+        self.pending.insert(cookie, pending);
+        Ok(())
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct Shared {
     table: Mutex<Table>,
@@ -86,30 +188,16 @@ impl Shared {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sends a request. There is no await between its entry in the table and its place in the queue, so a dropped
-    /// caller leaves both or neither.
-    pub(crate) fn submit(
-        &self,
-        command: u16,
-        range: Range,
-        payload: Bytes,
-        assembly: Assembly,
-        slot: OwnedSemaphorePermit,
-    ) -> Result<oneshot::Receiver<Result<Answer>>> {
-        let (answer, receiver) = oneshot::channel();
+    /// Sends a request, and `payload` with it. There is no await between its entry in the table and its place in the
+    /// queue, so a dropped caller leaves both or neither.
+    pub(crate) fn submit(&self, pending: Pending, payload: Bytes) -> Result<()> {
+        self.table().submit(pending, payload)
+    }
+
+    /// Sends several requests at once; after an error the connection is gone, and those that were sent are told.
+    pub(crate) fn submit_all(&self, pending: impl Iterator<Item = Pending>) -> Result<()> {
         let mut table = self.table();
-        let Some(writer) = table.writer.clone() else { return Err(broken(table.broken.as_ref())) };
-        let cookie = table.next_cookie;
-        table.next_cookie = cookie.wrapping_add(1);
-        let pending = Pending { command, range, assembly, failure: None, errors: 0, answer, slot };
-        table.pending.insert(cookie, pending);
-        let (offset, length) = (range.start().get(), range.length().get());
-        let request = Request { flags: 0, command, cookie, offset, length };
-        if writer.send(Message { request, payload }).is_err() {
-            table.pending.remove(&cookie);
-            return Err(broken(table.broken.as_ref()));
-        }
-        Ok(receiver)
+        pending.into_iter().try_for_each(|pending| table.submit(pending, Bytes::new()))
     }
 
     /// Sends the last request and closes the queue behind it.
@@ -172,7 +260,7 @@ pub(crate) async fn write(
     mut socket: OwnedWriteHalf,
     mut queue: mpsc::UnboundedReceiver<Message>,
     framing: Framing,
-    shared: std::sync::Arc<Shared>,
+    shared: Arc<Shared>,
 ) {
     const BATCH: usize = 32;
     let mut messages = Vec::with_capacity(BATCH);

@@ -70,6 +70,8 @@ async fn session(stream: UnixStream, data: &[u8], deadline: Duration) -> Result<
     let half = size.get() / 2 + 1;
     let (head, tail) = tokio::join!(client.read(range(0, half)), client.read(range(half, size.get() - half)));
     assert_eq!([head?, tail?].concat(), data);
+    // More parts than requests may be on their way at once.
+    assert_eq!(client.read_in_parts(range(0, size.get()), Length::new(half / 12 + 1)).await?, data);
     client.write(Offset::new(3), Bytes::copy_from_slice(&data[3..9])).await?;
     client.flush().await?;
     client.trim(range(0, 1)).await?;
@@ -153,7 +155,7 @@ async fn a_broken_reply_to_a_read_is_a_typed_error() {
             assert_eq!(error.kind(), kind, "{misbehaviour:?} at {level:?}: {error}");
             assert!(error.to_string().chars().all(|c| !c.is_control()), "{error}");
             // A poisoned connection stays poisoned; a failed request leaves it whole.
-            let again = client.read(range(1000, 20_000)).await.unwrap_err();
+            let again = client.read_in_parts(range(1000, 20_000), Length::new(4096)).await.unwrap_err();
             assert_eq!(again.kind(), kind, "{misbehaviour:?} at {level:?}, again: {again}");
         }
     }
@@ -325,6 +327,25 @@ async fn an_abandoned_request_does_no_harm_to_those_after_it() {
             let read = client.read(range(round + 1, 30_000)).await.unwrap();
             let start = round as usize + 1;
             assert_eq!(read, data[start..start + 30_000]);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_read_in_parts_that_is_abandoned_does_no_harm_either() {
+    for level in LEVELS {
+        let mut export = Export::new(disk(100_000), level);
+        export.batch = 4;
+        let data = export.data.clone();
+        let options = options(Duration::from_secs(20)).in_flight(4);
+        let client = Client::from_stream(start(export).0, options).await.unwrap();
+        let part = Length::new(10_000);
+        for round in 0..20 {
+            // Three are sent and held back, until the fourth.
+            assert!(client.read_in_parts(range(0, 30_000), part).now_or_never().is_none());
+            assert_eq!(client.read(range(round, 30_000)).await.unwrap(), data[round as usize..][..30_000]);
+            // Eight parts, of which four may be on their way.
+            assert_eq!(client.read_in_parts(range(20_000, 80_000), part).await.unwrap(), data[20_000..]);
         }
     }
 }

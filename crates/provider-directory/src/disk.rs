@@ -30,7 +30,7 @@ use stillpoint_provider::{Error, ErrorKind, Result, VolumeSource};
 use tokio::{sync::mpsc, task::JoinHandle};
 
 /// Parts that are read and hashed at once: what the NBD transport takes.
-const IN_FLIGHT: usize = 8;
+const IN_FLIGHT: usize = 16;
 /// Parts that wait for the thread that writes in order.
 const QUEUED: usize = 4;
 

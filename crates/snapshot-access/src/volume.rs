@@ -2,8 +2,7 @@
 
 use crate::{discard::DiscardPlanner, fleecing::FleecingImage};
 use async_trait::async_trait;
-use bytes::{Bytes, BytesMut};
-use futures_util::future::try_join_all;
+use bytes::Bytes;
 use std::sync::{
     Arc, Mutex, PoisonError,
     atomic::{AtomicU64, Ordering},
@@ -151,26 +150,6 @@ impl AccessVolume {
         Ok(())
     }
 
-    async fn read_pieces(&self, range: Range) -> Result<Bytes> {
-        let read = |part: Range| async move {
-            match self.data.read(part).await {
-                Ok(data) => Ok(data),
-                Err(error) => Err(self.describe(part, error).await),
-            }
-        };
-        let mut parts = range.chunks(self.piece).peekable();
-        let first = parts.next();
-        if parts.peek().is_none() {
-            return read(first.unwrap_or(range)).await;
-        }
-        let pieces = try_join_all(first.into_iter().chain(parts).map(read)).await?;
-        let mut whole = BytesMut::with_capacity(usize::try_from(range.length().get()).unwrap_or(0));
-        for piece in pieces {
-            whole.extend_from_slice(&piece);
-        }
-        Ok(whole.freeze())
-    }
-
     async fn discard(&self, range: Range) -> Result<()> {
         if self.fleecing.is_none() {
             return Ok(());
@@ -299,7 +278,10 @@ impl VolumeSource for AccessVolume {
     }
 
     async fn read(&self, range: Range) -> Result<Bytes> {
-        let data = self.unless_stopped(self.read_pieces(range)).await??;
+        let data = match self.unless_stopped(self.data.read_in_parts(range, self.piece)).await? {
+            Ok(data) => data,
+            Err(error) => return Err(self.describe(range, error).await),
+        };
         self.read.fetch_add(range.length().get(), Ordering::Relaxed);
         Ok(data)
     }
