@@ -7,11 +7,15 @@ use super::{
 use crate::protocol::{
     Errno, MAX_PAYLOAD, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, chunk, command,
 };
-use bytes::{BufMut as _, Bytes, BytesMut};
-use std::{io, sync::Arc};
+use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
+use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
+use std::{
+    io::{self, IoSlice},
+    sync::Arc,
+};
 use stillpoint_model::{Extent, ExtentKind, Length, Offset, Range};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
+    io::{AsyncRead, AsyncReadExt as _, BufReader, Interest},
     net::{UnixStream, unix::OwnedWriteHalf},
     sync::{Mutex, Semaphore},
     task::JoinSet,
@@ -251,13 +255,28 @@ impl Connection {
         reply.freeze()
     }
 
-    async fn send(&self, parts: Vec<Bytes>) -> io::Result<()> {
-        let mut writer = self.writer.lock().await;
-        for part in parts {
-            // One by one: a vectored write to a client that is gone would raise SIGPIPE.
-            writer.write_all(&part).await?;
+    /// Sends all of a reply with as few calls as can be: a client that is woken by a header alone wakes for nothing.
+    async fn send(&self, mut parts: Vec<Bytes>) -> io::Result<()> {
+        let writer = self.writer.lock().await;
+        let socket: &UnixStream = writer.as_ref();
+        loop {
+            parts.retain(|part| !part.is_empty());
+            if parts.is_empty() {
+                return Ok(());
+            }
+            let slices: Vec<IoSlice<'_>> = parts.iter().map(|part| IoSlice::new(part)).collect();
+            // A vectored write would raise SIGPIPE if the client is gone.
+            let sending = || {
+                let sent = sendmsg(socket, &slices, &mut SendAncillaryBuffer::default(), SendFlags::NOSIGNAL);
+                sent.map_err(io::Error::from)
+            };
+            let mut sent = socket.async_io(Interest::WRITABLE, sending).await?;
+            for part in &mut parts {
+                let taken = sent.min(part.len());
+                part.advance(taken);
+                sent -= taken;
+            }
         }
-        Ok(())
     }
 }
 
