@@ -1,7 +1,7 @@
 //! Takes one disk: several reads under way, hashing beside them, and one thread that writes in order.
 //!
 //! ```text
-//!   regions -> plan -> read, release, hash   (8 at once; a full image is written here too, each part in its place)
+//!   regions -> plan -> read, release, hash   (16 at once; a full image is written here too, each part in its place)
 //!                          |  in order
 //!                          v
 //!                        sink: overlay clusters, records
@@ -29,7 +29,7 @@ use stillpoint_model::{DiskName, Extent, Granularity, Length, Offset, Range};
 use stillpoint_provider::{Error, ErrorKind, Result, VolumeSource};
 use tokio::{sync::mpsc, task::JoinHandle};
 
-/// Parts that are read and hashed at once: what the NBD transport takes.
+/// Parts that are read, hashed and written at once: enough that storage which is slow for a moment stops nobody.
 const IN_FLIGHT: usize = 16;
 /// Parts that wait for the thread that writes in order.
 const QUEUED: usize = 4;
@@ -170,9 +170,9 @@ async fn take(task: Arc<DiskTask>, raw: Option<Arc<RawWriter>>, job: Job) -> Res
                 };
                 read.push((range, fill, bytes));
             }
-            release(&task, done).await;
-            blocking(move || {
-                let bytes = compose(&task, part, read)?;
+            let of = Arc::clone(&task);
+            let stored = blocking(move || {
+                let bytes = compose(&of, part, read)?;
                 if image::is_zero(&bytes) {
                     return Ok(Some(Item::Zero(part)));
                 }
@@ -184,8 +184,10 @@ async fn take(task: Arc<DiskTask>, raw: Option<Arc<RawWriter>>, job: Job) -> Res
                     }
                     None => Ok(Some(Item::Data(part, sum, Some(bytes)))),
                 }
-            })
-            .await
+            });
+            // It is read: what was kept aside of it can go while it is stored.
+            let ((), stored) = tokio::join!(release(&task, done), stored);
+            stored
         }
     }
 }
