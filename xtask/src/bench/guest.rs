@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use std::{
     path::Path,
-    process::{Child, Stdio},
+    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 use stillpoint_testkit::{DiskSpec, Guest, GuestBuilder, Histogram, Qemu, StormSpec, Tool, workspace};
@@ -37,6 +37,29 @@ struct Felt {
     reads: Histogram,
 }
 
+/// A process for each core that computes and does nothing else: what any load of the host costs the guest.
+struct Spinners(Vec<Child>);
+
+impl Spinners {
+    fn start() -> Result<Self> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let mut spinners = Self(Vec::new());
+        for _ in 0..cores {
+            spinners.0.push(Command::new("sh").args(["-c", "while :; do :; done"]).spawn()?);
+        }
+        Ok(spinners)
+    }
+}
+
+impl Drop for Spinners {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
 pub(super) fn measure(qemu: &Qemu, work: &Path, scale: &Scale, report: &mut Report) -> Result<()> {
     println!("== what the guest feels");
     let mut guest = GuestBuilder::new(qemu.clone())
@@ -58,19 +81,25 @@ pub(super) fn measure(qemu: &Qemu, work: &Path, scale: &Scale, report: &mut Repo
         guest.start_storm_with(StormSpec::new(77).rate(rate))?;
         guest.start_reading(rate)?;
         guest.await_writes(200)?;
-        let timeline = Timeline { points: Vec::new(), backups: Vec::new() };
-        let mut measured = Load { guest: &mut guest, tool: tool.clone(), began: Instant::now(), timeline };
+        let (tool, timeline) = (tool.clone(), Timeline::default());
+        let mut measured = Load { guest: &mut guest, tool, began: Instant::now(), timeline };
         let idle = measured.watch(Some(scale.phase), None, "")?;
         // The first of all is full by itself; in the second load it is asked for.
         let full = measured.backup(&target, &["--full"], "full")?;
         let between = measured.watch(Some(scale.phase / 3), None, "")?;
         let incremental = measured.backup(&target, &[], "incremental")?;
         measured.watch(Some(scale.phase / 3), None, "")?;
+        let timeline = std::mem::take(&mut measured.timeline);
+        let busy = {
+            let _spinners = Spinners::start()?;
+            measured.watch(Some(scale.phase / 3), None, "")?
+        };
         for (phase, felt) in [
             ("no backup", &idle),
             ("full backup", &full),
             ("after it", &between),
             ("incremental", &incremental),
+            ("no backup, cores busy", &busy),
         ] {
             lines.push(line(load, phase, felt));
         }
@@ -78,8 +107,9 @@ pub(super) fn measure(qemu: &Qemu, work: &Path, scale: &Scale, report: &mut Repo
             |felt: &Felt| felt.writes.quantile(990).as_secs_f64() / idle.writes.quantile(990).as_secs_f64();
         report.ratios.insert(format!("guest's write p99, {load}: full backup / none"), ratio(&full));
         report.ratios.insert(format!("guest's write p99, {load}: incremental / none"), ratio(&incremental));
+        report.ratios.insert(format!("guest's write p99, {load}: cores busy / none"), ratio(&busy));
         if rate > 0 {
-            report.timeline = Some(measured.timeline);
+            report.timeline = Some(timeline);
         }
         let counts = guest.stop_storm()?;
         ensure!(counts.errors == 0, "the guest saw an I/O error");
@@ -87,7 +117,7 @@ pub(super) fn measure(qemu: &Qemu, work: &Path, scale: &Scale, report: &mut Repo
     report.table(
         "What the guest feels",
         format!(
-            "Three disks (qcow2, raw, qcow2), {} MiB of data. Steady: seven streams of {STEADY} writes of 4 to 128 KiB a second, and {STEADY} reads of 4 KiB a second from each disk. Milliseconds; a figure is up to a quarter too high.",
+            "Three disks (qcow2, raw, qcow2), {} MiB of data. Steady: seven streams of {STEADY} writes of 4 to 128 KiB a second, and {STEADY} reads of 4 KiB a second from each disk. Cores busy: a process for each core that only computes, and no backup. Milliseconds; a figure is up to a quarter too high.",
             FILLED * 2 / MIB,
         ),
         &["load", "while", "s", "writes/s", "write p50", "p99", "p99.9", "longest", "read p50", "p99", "longest"],

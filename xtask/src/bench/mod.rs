@@ -121,6 +121,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         }
         bench.end()?;
     }
+    if wanted("handover") {
+        work::handover_of_a_hole(&qemu, work.path(), &scale, &mut report)?;
+    }
     if wanted("growth") {
         work::growth_with_size(&qemu, work.path(), &scale, &mut report)?;
         work::growth_with_disks(&qemu, work.path(), &scale, &mut report)?;

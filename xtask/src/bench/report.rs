@@ -44,7 +44,7 @@ pub(crate) struct Curve {
 }
 
 /// What the guest felt.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 pub(crate) struct Timeline {
     /// Second, median, 99th percentile and longest of the writes of a quarter of a second, ms.
     pub(crate) points: Vec<(f64, f64, f64, f64)>,

@@ -19,6 +19,9 @@ use std::{
 };
 use stillpoint_testkit::{Qemu, same};
 
+/// Title of what tells how fast a program gets a disk.
+const HANDOVER: &str = "Handing a disk to a program";
+
 /// The disk, the machine that has it, and how much is done with it.
 pub(super) struct Bench<'a> {
     place: RefCell<Place>,
@@ -111,7 +114,7 @@ impl<'a> Bench<'a> {
         });
         let rows = take_turns(self.scale.rounds, contenders)?;
         report.compare(
-            "Handing a disk to a program",
+            HANDOVER,
             "The time of the reading program alone; CPU time is of the whole run.".into(),
             rows,
         );
@@ -450,6 +453,44 @@ pub(super) fn growth_with_size(qemu: &Qemu, work: &Path, scale: &Scale, report: 
         "A sparse disk; 64 MiB in pieces of 1 MiB are written before the full backup, and again at other places before each incremental.".into(),
         &["into", "GiB", "full, s", "incremental, s, median", "memory at most, MiB"],
         lines,
+    );
+    Ok(())
+}
+
+/// Handing over a disk that is one hole, so that nothing is read from QEMU.
+pub(super) fn handover_of_a_hole(qemu: &Qemu, work: &Path, scale: &Scale, report: &mut Report) -> Result<()> {
+    println!("== handing a hole over");
+    let data = report.data.size - report.data.holes;
+    let place = Place::with_sizes(qemu, work, &[data * MIB])?;
+    let (place, seconds_file) = (&place, &work.join("seconds"));
+    let contenders = MECHANISMS.map(|mechanism| Contender {
+        name: mechanism,
+        line: "as above".into(),
+        run: Box::new(move || {
+            let (whole, _) = cost(&mut place.stillpoint(&["backup", "vm", "--target", mechanism, "--full"]))?;
+            Ok(Cost { seconds: fs::read_to_string(seconds_file)?.parse()?, ..whole })
+        }),
+    });
+    let rows = take_turns(scale.rounds, contenders.into())?;
+    let with_data = report.tables.iter().find(|table| table.title == HANDOVER);
+    let with_data = with_data.map(|table| table.rows.clone()).unwrap_or_default();
+    for row in &rows {
+        if let Some(data) = with_data.iter().find(|data| data.name == row.name) {
+            let name = format!("{}: share of its time that is left when nothing is read from QEMU", row.name);
+            report.ratios.insert(name, row.median / data.median);
+        }
+    }
+    let lines = rows.iter().map(|row| {
+        let all = row.seconds.iter().map(|seconds| format!("{seconds:.2}")).collect::<Vec<_>>().join(" ");
+        vec![row.name.clone(), format!("{:.2}", row.median), all]
+    });
+    report.table(
+        "Handing over a hole",
+        format!(
+            "A disk of {data} MiB, as much as the other has data, that is one hole: zeroes that we make, on the same way. What is left is the part of the kernel (FUSE, the loop device, the sockets), of the reading program, and a little of ours."
+        ),
+        &["", "s, median", "s, all"],
+        lines.collect(),
     );
     Ok(())
 }
