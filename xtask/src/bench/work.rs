@@ -230,14 +230,16 @@ impl<'a> Bench<'a> {
                     Ok(cost)
                 }),
             },
+            // Takes turns like the others, since what the cores can do changes from minute to minute.
+            Contender {
+                name: "limit of the cores",
+                line: "hash, compress and encrypt the same data in memory, on all cores, nothing else".into(),
+                run: Box::new(|| {
+                    Ok(Cost { seconds: limits::cores_alone(&self.disk)?, cpu_seconds: 0.0, peak_mib: 0.0 })
+                }),
+            },
         ];
         let rows = take_turns(self.scale.rounds, contenders)?;
-        if let (Some(limit), Some(ours)) = (report.limit(limits::CORES), rows.first()) {
-            let data = (report.data.size - report.data.holes) as f64;
-            report
-                .ratios
-                .insert("full into a repository / limit of the cores".into(), data / ours.median / limit);
-        }
         let mib = |path: &Path| Ok::<_, anyhow::Error>(occupied(path)? / MIB);
         let note = format!(
             "A new repository each time, made before the clock starts; start, instant and key derivation included. Stored, MiB: Stillpoint {}, restic {}, borg {}.",
