@@ -289,6 +289,12 @@ impl Config {
             return Ok(Box::new(DirectoryProvider::new(directory.clone())));
         }
         let (name, target) = self.target(place.target.as_deref(), path)?;
+        if target.bandwidth_limit.is_some() && !matches!(target.provider, ProviderKind::Program(_)) {
+            return Err(Failure::usage(format!(
+                "target {name}: `bandwidth-limit` is for providers that are programs; here it would hold nothing back"
+            ))
+            .next("remove it from the target"));
+        }
         match &target.provider {
             ProviderKind::Program(program) => {
                 let runtime = runtime::directory();

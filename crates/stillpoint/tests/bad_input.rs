@@ -784,6 +784,15 @@ fn nothing_says_where_points_are_kept() {
 }
 
 #[test]
+fn a_limit_that_would_hold_nothing_back_is_refused() {
+    let place = Place::new();
+    for kept in ["\"directory\"\ndirectory = \"@/target\"", "\"restic\"\nrepository = \"@/target\""] {
+        place.configure(&format!("[target.main]\nprovider = {kept}\nbandwidth-limit = \"1MiB\"\n"));
+        says(&place.configured(&["points"]), 2, &["target main", "bandwidth-limit", "programs", "next:"]);
+    }
+}
+
+#[test]
 fn the_vm_is_not_configured() {
     let place = Place::new();
     place.configure("[vm.box]\nqmp = \"@/qmp\"\n");
