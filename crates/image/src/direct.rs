@@ -61,3 +61,35 @@ impl DirectFile {
         })
     }
 }
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_what_was_given_wherever_it_stands_in_memory() {
+        let place = tempfile::tempdir().unwrap();
+        let directory = Directory::open(place.path()).unwrap();
+        let length = 2 * PIECE + 3 * ALIGNMENT;
+        let memory: Vec<u8> =
+            (0..length + 2 * ALIGNMENT).map(|at| u8::try_from(at * 7 % 251).unwrap()).collect();
+        let page = memory.as_ptr().align_offset(ALIGNMENT);
+        for (index, start) in [page, page + 16].into_iter().enumerate() {
+            let name = format!("image-{index}");
+            let file = directory.create_file(&name).unwrap();
+            let Some(direct) = DirectFile::open(&directory, &name) else {
+                println!("skipped: this file system has no direct I/O");
+                return;
+            };
+            // What is no whole page is left to others, and so is what is not at one.
+            let given = &memory[start..start + length - 100];
+            assert_eq!(direct.write(given, 512).unwrap(), 0);
+            let written = direct.write(given, 8192).unwrap();
+            assert_eq!(written, length - ALIGNMENT);
+            let mut read = vec![0; written];
+            file.read_exact_at(&mut read, 8192).unwrap();
+            assert!(read == given[..written], "{start}");
+            assert_eq!(file.metadata().unwrap().len(), 8192 + written as u64);
+        }
+    }
+}

@@ -16,7 +16,7 @@ const ALIGNMENT: usize = 4096;
 const SMALLEST: usize = 64 << 10;
 /// More than this is too rare to keep.
 const LARGEST: usize = 4 << 20;
-/// The most that is kept while nobody uses it, in bytes: twice what one disk has on its way.
+/// The most that is kept while nobody uses it, in bytes: what one disk has on its way.
 const KEPT: usize = 16 << 20;
 
 static POOL: Mutex<Pool> = Mutex::new(Pool { kept: VecDeque::new(), bytes: 0 });

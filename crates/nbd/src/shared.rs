@@ -111,9 +111,8 @@ pub(crate) struct Pending {
     /// The first error the server sent for it.
     pub(crate) failure: Option<Error>,
     pub(crate) errors: usize,
-    pub(crate) waiter: Waiter,
-    /// One for each request.
-    pub(crate) slot: OwnedSemaphorePermit,
+    waiter: Waiter,
+    slot: OwnedSemaphorePermit,
 }
 
 impl Pending {
@@ -195,9 +194,9 @@ impl Shared {
     }
 
     /// Sends several requests at once; after an error the connection is gone, and those that were sent are told.
-    pub(crate) fn submit_all(&self, pending: impl Iterator<Item = Pending>) -> Result<()> {
+    pub(crate) fn submit_all(&self, mut pending: impl Iterator<Item = Pending>) -> Result<()> {
         let mut table = self.table();
-        pending.into_iter().try_for_each(|pending| table.submit(pending, Bytes::new()))
+        pending.try_for_each(|pending| table.submit(pending, Bytes::new()))
     }
 
     /// Sends the last request and closes the queue behind it.

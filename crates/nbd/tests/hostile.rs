@@ -313,14 +313,19 @@ async fn replies_out_of_order_find_their_requests() {
     }
 }
 
+/// A client of a server that answers so many requests together, and that may have no more on their way; and the disk.
+async fn held_back(level: Level, requests: usize) -> (Client, Vec<u8>) {
+    let mut export = Export::new(disk(100_000), level);
+    export.batch = requests;
+    let data = export.data.clone();
+    let options = options(Duration::from_secs(20)).in_flight(requests);
+    (Client::from_stream(start(export).0, options).await.unwrap(), data)
+}
+
 #[tokio::test]
 async fn an_abandoned_request_does_no_harm_to_those_after_it() {
     for level in LEVELS {
-        let mut export = Export::new(disk(100_000), level);
-        export.batch = 2;
-        let data = export.data.clone();
-        let options = options(Duration::from_secs(20)).in_flight(2);
-        let client = Client::from_stream(start(export).0, options).await.unwrap();
+        let (client, data) = held_back(level, 2).await;
         for round in 0..20 {
             // Sent, since it was polled once, and held back by the server until there are two.
             assert!(client.read(range(round, 70_000)).now_or_never().is_none());
@@ -334,11 +339,7 @@ async fn an_abandoned_request_does_no_harm_to_those_after_it() {
 #[tokio::test]
 async fn a_read_in_parts_that_is_abandoned_does_no_harm_either() {
     for level in LEVELS {
-        let mut export = Export::new(disk(100_000), level);
-        export.batch = 4;
-        let data = export.data.clone();
-        let options = options(Duration::from_secs(20)).in_flight(4);
-        let client = Client::from_stream(start(export).0, options).await.unwrap();
+        let (client, data) = held_back(level, 4).await;
         let part = Length::new(10_000);
         for round in 0..20 {
             // Three are sent and held back, until the fourth.
