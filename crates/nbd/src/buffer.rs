@@ -2,7 +2,7 @@
 //!
 //! A backup reads a MiB at a time, thousands of times. Fresh memory for each costs a page fault every 4 KiB, about as much
 //! as the copy out of the socket, so it is kept and used again. It begins on a page, so that whoever writes it past the
-//! page cache need not copy it first.
+//! page cache, or reads past it, need not copy it first.
 
 use bytes::{Buf as _, Bytes, BytesMut};
 use std::{
@@ -39,8 +39,7 @@ impl Pool {
         Some(buffer)
     }
 
-    fn give_back(&mut self, mut buffer: BytesMut) {
-        buffer.clear();
+    fn give_back(&mut self, buffer: BytesMut) {
         if buffer.as_ptr().align_offset(ALIGNMENT) != 0 {
             return;
         }
@@ -58,17 +57,30 @@ pub(crate) fn take(length: usize) -> BytesMut {
     if !(SMALLEST..=LARGEST).contains(&length) {
         return BytesMut::with_capacity(length);
     }
-    pool().take(length).unwrap_or_else(|| {
-        let mut buffer = BytesMut::zeroed(length.saturating_add(ALIGNMENT));
-        let into_page = buffer.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
-        buffer.advance(into_page);
-        buffer.clear();
-        buffer
-    })
+    let mut buffer = pool().take(length).unwrap_or_else(|| fresh(length));
+    buffer.clear();
+    buffer
 }
 
-/// The same bytes, whose memory comes back to [`take`] when the last of their clones is dropped.
-pub(crate) fn freeze(buffer: BytesMut) -> Bytes {
+/// A buffer of `length` bytes that begins on a page. They are whatever an earlier use left there: to be overwritten, all of
+/// them, before anybody else gets to see them.
+pub fn initialized(length: usize) -> BytesMut {
+    let kept = if (SMALLEST..=LARGEST).contains(&length) { pool().take(length) } else { None };
+    let mut buffer = kept.unwrap_or_else(|| fresh(length));
+    buffer.resize(length, 0);
+    buffer
+}
+
+/// Zeroes from a page on, `length` of them or more.
+fn fresh(length: usize) -> BytesMut {
+    let mut buffer = BytesMut::zeroed(length.saturating_add(ALIGNMENT));
+    let into_page = buffer.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
+    buffer.advance(into_page);
+    buffer
+}
+
+/// The same bytes, whose memory is used again when the last of their clones is dropped.
+pub fn freeze(buffer: BytesMut) -> Bytes {
     if (SMALLEST..=LARGEST + ALIGNMENT).contains(&buffer.capacity()) {
         Bytes::from_owner(Lent(buffer))
     } else {

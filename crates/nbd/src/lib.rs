@@ -37,7 +37,7 @@
 //! ```
 
 mod assembly;
-mod buffer;
+pub mod buffer;
 mod client;
 mod context;
 mod error;

@@ -9,21 +9,23 @@ use crate::{
     error::{Error, ErrorKind, Result},
     step::Step,
 };
+use blkmap::Fiemap as _;
 use rustix::{
     fs::{
-        AtFlags, Mode, OFlags, SeekFrom, StatxFlags, fstat, fstatvfs, ftruncate, open, seek, statvfs, statx,
-        unlink,
+        AtFlags, FallocateFlags, Mode, OFlags, SeekFrom, StatxFlags, fallocate, fstat, fstatvfs, ftruncate,
+        open, seek, statvfs, statx, unlink,
     },
-    io::{Errno, ReadWriteFlags, pwritev2},
+    io::{Errno, ReadWriteFlags, pwrite, pwritev2},
 };
 use std::{
-    io::IoSlice,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    fs::File,
+    io::{self, IoSlice},
+    os::fd::{AsFd, BorrowedFd},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
-use stillpoint_model::{Length, Offset, Range};
+use stillpoint_model::{Granularity, Length, Offset, Range};
 
 /// Begins the name of an image that must have one for a moment.
 const NAME_PREFIX: &str = ".stillpoint-fleece-";
@@ -47,11 +49,38 @@ async fn in_time(ask: impl FnOnce() -> rustix::io::Result<()> + Send + 'static) 
     tokio::time::timeout(ANSWERS_WITHIN, tokio::task::spawn_blocking(ask)).await.is_ok()
 }
 
+/// Tries on a new, empty file whether both ways in which QEMU keeps a cluster aside, by writing it and by allocating it
+/// without data, show at once in what the file system tells to be allocated. The file is empty again afterwards.
+fn tells_what_is_allocated(file: &File, size: u64) -> io::Result<bool> {
+    let part = size.min(u64::from(Granularity::DEFAULT.get()));
+    if part == 0 {
+        return Ok(false);
+    }
+    let shows = || Ok::<_, io::Error>(!file.fiemap_range(0, part)?.is_empty());
+    let punch = || fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, part);
+    let empty = !shows()?;
+    // Zeroes, since a file system that leaves them out must not pass.
+    pwrite(file, &[0], 0)?;
+    let written = shows()?;
+    punch()?;
+    let gone = !shows()?;
+    match fallocate(file, FallocateFlags::ZERO_RANGE, 0, part) {
+        // As QEMU does then.
+        Err(Errno::OPNOTSUPP | Errno::INVAL) => fallocate(file, FallocateFlags::empty(), 0, part)?,
+        done => done?,
+    }
+    let allocated = shows()?;
+    punch()?;
+    Ok(empty && written && gone && allocated && !shows()?)
+}
+
 /// The fleecing image of one disk.
 #[derive(Debug)]
 pub(crate) struct FleecingImage {
-    file: OwnedFd,
+    file: File,
     directory: PathBuf,
+    /// See [`Self::tells_what_is_kept`].
+    tells: bool,
 }
 
 impl FleecingImage {
@@ -91,7 +120,9 @@ impl FleecingImage {
             }
             Err(error) => return Err(failed("create", error)),
         };
-        Ok(Self { file, directory: directory.to_owned() })
+        let file = File::from(file);
+        let tells = tells_what_is_allocated(&file, sectors).unwrap_or(false);
+        Ok(Self { file, directory: directory.to_owned(), tells })
     }
 
     /// The descriptor to hand to QEMU.
@@ -112,6 +143,24 @@ impl FleecingImage {
         let start = seek(&self.file, SeekFrom::Data(range.start().get())).ok()?;
         let end = seek(&self.file, SeekFrom::Hole(start)).ok()?;
         Range::between(Offset::new(start), Offset::new(end)).ok()?.intersect(range)
+    }
+
+    /// Whether [`Self::kept`] can be relied on: whether its file system tells all that is allocated, as soon as it is.
+    pub(crate) fn tells_what_is_kept(&self) -> bool {
+        self.tells
+    }
+
+    /// The parts of `range` for which anything is kept aside, zeroes too, in order. Blocks.
+    ///
+    /// # Errors
+    /// If the file system does not tell.
+    pub(crate) fn kept(&self, range: Range) -> io::Result<Vec<Range>> {
+        let extents = self.file.fiemap_range(range.start().get(), range.length().get())?;
+        let within = |extent: blkmap::FiemapExtent| {
+            let extent = Range::new(Offset::new(extent.logical), Length::new(extent.length)).ok()?;
+            extent.intersect(range).filter(|part| !part.is_empty())
+        };
+        Ok(extents.into_iter().filter_map(within).collect())
     }
 
     /// Bytes still free in the file system that holds it.
@@ -159,7 +208,7 @@ mod test {
         let image = FleecingImage::create(directory.path(), Length::new(1_000_001), &mut |_| Ok(())).unwrap();
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
         assert_eq!(image.used(), Length::ZERO);
-        rustix::io::pwrite(image.descriptor(), &[1u8; 65_536], 0).unwrap();
+        pwrite(image.descriptor(), &[1u8; 65_536], 0).unwrap();
         rustix::fs::fdatasync(image.descriptor()).unwrap();
         assert!(image.used().get() >= 65_536);
         let whole = Range::whole(Length::new(1_000_001)).unwrap();

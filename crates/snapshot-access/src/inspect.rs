@@ -2,13 +2,14 @@
 
 use crate::{
     command,
+    direct::ImageFile,
     error::{Error, ErrorKind, Result},
     names,
     offline::OfflineDisk,
 };
 use serde::Deserialize;
 use serde_json::Value;
-use std::path::PathBuf;
+use std::{collections::BTreeMap, path::PathBuf};
 use stillpoint_model::{BitmapName, DiskName, Generation, Granularity, Length, NodeName, TargetId};
 use stillpoint_qmp::{Command, Qmp, Version};
 
@@ -55,6 +56,8 @@ pub struct Disk {
     pub format: String,
     /// The image's file, as QEMU tells it; for flushing its caches and for messages.
     pub image: Option<PathBuf>,
+    /// The image itself, if it is the disk byte for byte and can be reached from here.
+    pub(crate) image_file: Option<ImageFile>,
     /// Whether the image can hold a bitmap across QEMU's end.
     pub(crate) keeps_bitmaps: bool,
     /// Whether a bitmap on it would be of use to the next run.
@@ -189,6 +192,7 @@ impl Machine {
             machine.add(block)?;
         }
         machine.find_iothreads(qmp).await?;
+        machine.find_image_files(qmp).await?;
         Ok(machine)
     }
 
@@ -219,11 +223,13 @@ impl Machine {
                 size: found.image.virtual_size,
                 format: found.drv.clone(),
                 image: Some(disk.image.clone()),
+                image_file: None,
                 keeps_bitmaps,
                 takes_bitmaps: keeps_bitmaps && !found.ro,
                 bitmaps: found.chain_bitmaps(&disk.name)?,
             });
         }
+        machine.find_image_files(qmp).await?;
         Ok(machine)
     }
 
@@ -282,6 +288,7 @@ impl Machine {
             size: inserted.image.virtual_size,
             format: inserted.drv,
             image: (inserted.file.starts_with('/')).then(|| PathBuf::from(inserted.file)),
+            image_file: None,
             keeps_bitmaps,
             takes_bitmaps: true,
             bitmaps,
@@ -307,6 +314,45 @@ impl Machine {
         }
         Ok(())
     }
+}
+
+impl Machine {
+    /// Looks which disks are a file or a block device, byte for byte: a `raw` node right above a `file` or `host_device`
+    /// one, with nothing in between that could throttle, fail or change what is read.
+    async fn find_image_files(&mut self, qmp: &Qmp) -> Result<()> {
+        let Some(pid) = qmp.peer_pid() else { return Ok(()) };
+        if self.disks.iter().all(|disk| disk.format != "raw") {
+            return Ok(());
+        }
+        let below = children(qmp).await;
+        let nodes: Vec<Inserted> = ask(qmp, command::query_nodes()).await?;
+        for disk in self.disks.iter_mut().filter(|disk| disk.format == "raw") {
+            let child = below.get(disk.node.as_str());
+            let named =
+                |node: &&Inserted| node.node_name.as_ref().map(NodeName::as_str) == child.map(String::as_str);
+            let file = child.and_then(|_| nodes.iter().find(named));
+            let file = file.filter(|node| matches!(node.drv.as_str(), "file" | "host_device"));
+            disk.image_file = file.and_then(|node| ImageFile::find(pid, node.file.as_ref()));
+        }
+        Ok(())
+    }
+}
+
+/// For each node the one that it stands on (its child `file`), as the graph says; nothing if QEMU has no such command.
+pub(crate) async fn children(qmp: &Qmp) -> BTreeMap<String, String> {
+    let Ok(graph) = ask::<Value>(qmp, command::query_graph()).await else { return BTreeMap::new() };
+    let list = |key: &str| graph.get(key).and_then(Value::as_array).cloned().unwrap_or_default();
+    let names: BTreeMap<u64, String> = list("nodes")
+        .iter()
+        .filter_map(|node| Some((node.get("id")?.as_u64()?, node.get("name")?.as_str()?.to_owned())))
+        .collect();
+    let edges = list("edges");
+    let files = edges.iter().filter(|edge| edge.get("name").and_then(Value::as_str) == Some("file"));
+    let pair = |edge: &Value| {
+        let name = |key| names.get(&edge.get(key)?.as_u64()?).cloned();
+        Some((name("parent")?, name("child")?))
+    };
+    files.filter_map(pair).collect()
 }
 
 /// The state of a migration, by the reply to `query-migrate`, if one is under way.

@@ -40,6 +40,7 @@
 mod access;
 mod bitmap;
 mod command;
+mod direct;
 mod discard;
 mod error;
 mod fleecing;

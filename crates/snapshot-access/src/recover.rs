@@ -12,7 +12,7 @@ use crate::{
     command,
     error::{Error, ErrorKind, Result},
     fleecing,
-    inspect::{ask, refuse_old},
+    inspect::{ask, children, refuse_old},
     journal::Journal,
     names::{self, is_ours},
     power, process,
@@ -20,7 +20,7 @@ use crate::{
 };
 use serde_json::Value;
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     path::{Path, PathBuf},
 };
 use stillpoint_model::NodeName;
@@ -229,7 +229,7 @@ async fn switched_drives(qmp: &Qmp, blocks: &[Value], journal: &[Step]) -> Resul
             if qdev.starts_with('/') { qdev.to_owned() } else { format!("/machine/peripheral/{qdev}") };
         let below = match &mut below {
             Some(below) => below,
-            None => below.insert(nodes_below(qmp).await),
+            None => below.insert(children(qmp).await),
         };
         let named = |name: &str| name.parse::<NodeName>().ok();
         let junction = names::filter_of_junction(node);
@@ -253,23 +253,4 @@ async fn switched_drives(qmp: &Qmp, blocks: &[Value], journal: &[Step]) -> Resul
         drives.push(Step::Drive { front_end, filter, original });
     }
     Ok((drives, junctions))
-}
-
-/// For each of our filters the node it stands on, as the graph says; nothing if QEMU has no such command.
-async fn nodes_below(qmp: &Qmp) -> BTreeMap<String, String> {
-    let Ok(graph) = ask::<Value>(qmp, command::query_graph()).await else { return BTreeMap::new() };
-    let list = |key: &str| graph.get(key).and_then(Value::as_array).cloned().unwrap_or_default();
-    let names: BTreeMap<u64, String> = list("nodes")
-        .iter()
-        .filter_map(|node| Some((node.get("id")?.as_u64()?, node.get("name")?.as_str()?.to_owned())))
-        .collect();
-    list("edges")
-        .iter()
-        .filter(|edge| edge.get("name").and_then(Value::as_str) == Some("file"))
-        .filter_map(|edge| {
-            let name = |key| names.get(&edge.get(key)?.as_u64()?).cloned();
-            Some((name("parent")?, name("child")?))
-        })
-        .filter(|(parent, _)| is_ours(parent))
-        .collect()
 }

@@ -5,6 +5,7 @@ use crate::{
     access::{DiskPlan, ReadMode, Settings, SnapshotAccess, error_chain},
     bitmap::{Chain, ChainDisk},
     command,
+    direct::DirectImage,
     discard::DiscardPlanner,
     error::{Error, ErrorKind, Result},
     fleecing::FleecingImage,
@@ -26,8 +27,8 @@ use stillpoint_nbd::{Client, MetaContext, Options};
 use stillpoint_qmp::Qmp;
 use tokio::sync::watch;
 
-/// The filter's cluster when the fleecing image is raw: what discards are aligned to.
-const FILTER_CLUSTER: Granularity = Granularity::DEFAULT;
+/// The filter's cluster when the fleecing image is raw: what discards are aligned to, and what is kept aside at once.
+pub(crate) const FILTER_CLUSTER: Granularity = Granularity::DEFAULT;
 
 /// Requests on their way at once: enough for eight reads of 1 MiB where QEMU wants them cluster by cluster.
 const IN_FLIGHT: usize = 128;
@@ -54,6 +55,7 @@ struct TakingDisk {
 
 pub(crate) struct Opened {
     connections: Vec<(Client, Option<(Client, MetaContext)>)>,
+    images: Vec<Option<Arc<DirectImage>>>,
 }
 
 impl Taking {
@@ -414,7 +416,19 @@ impl Taking {
             }
             connections.push((data, dirty));
         }
-        Ok(Opened { connections })
+        Ok(Opened { connections, images: self.open_images(plan) })
+    }
+
+    /// Opens the images that can be read past QEMU. After the instant, so that no job of somebody else's can have put
+    /// another image in the place of the one that was seen.
+    fn open_images(&self, plan: &[DiskPlan]) -> Vec<Option<Arc<DirectImage>>> {
+        let open = |(plan, disk): (&DiskPlan, &TakingDisk)| {
+            let tells = disk.image.as_ref().is_none_or(|fleecing| fleecing.tells_what_is_kept());
+            let image = plan.disk.image_file.as_ref().filter(|_| tells)?.open(plan.disk.size);
+            tracing::debug!(disk = %plan.disk.name, directly = image.is_some(), "raw image");
+            image.map(Arc::new)
+        };
+        plan.iter().zip(&self.disks).map(open).collect()
     }
 
     pub(crate) fn hold(
@@ -430,7 +444,8 @@ impl Taking {
         let mut volumes = Vec::new();
         let mut modes = Vec::new();
         let mut chain = Vec::new();
-        for ((plan, disk), (data, dirty)) in plan.into_iter().zip(self.disks).zip(opened.connections) {
+        let opened = opened.connections.into_iter().zip(opened.images);
+        for ((plan, disk), ((data, dirty), image)) in plan.into_iter().zip(self.disks).zip(opened) {
             modes.push((plan.bitmap_mode(), plan.base().cloned()));
             volumes.push(Arc::new(AccessVolume {
                 name: plan.disk.name,
@@ -439,6 +454,7 @@ impl Taking {
                 dirty,
                 discards: Mutex::new(DiscardPlanner::new(FILTER_CLUSTER, plan.disk.size)),
                 fleecing: disk.image,
+                image,
                 piece: reads_within(self.qmp.version().number(), FILTER_CLUSTER, self.off),
                 stop: stopped.clone(),
                 read: AtomicU64::new(0),
