@@ -145,6 +145,7 @@ pub async fn serve_transmission(
     stream: tokio::net::UnixStream,
     export: Arc<dyn Export>,
 ) -> std::io::Result<()> {
+    connection::widen(&stream);
     let (reader, writer) = stream.into_split();
     let negotiated = handshake::Negotiated { export, structured: false, contexts: Vec::new() };
     connection::transmit(tokio::io::BufReader::new(reader), writer, negotiated).await

@@ -1,5 +1,6 @@
 //! How a disk gets to a program: by an NBD export, as a file, or as a block device.
 
+mod ahead;
 mod block_device;
 mod file_handle;
 mod nbd;

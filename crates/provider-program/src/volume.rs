@@ -64,6 +64,22 @@ impl ServedVolume {
     /// # Errors
     /// As [`VolumeSource::read`].
     pub(crate) async fn read(&self, range: Range) -> Result<Bytes> {
+        let read = self.fetch(range).await?;
+        self.was_read(range);
+        Ok(read)
+    }
+
+    /// The program has got these bytes.
+    pub(crate) fn was_read(&self, range: Range) {
+        self.activity.seen();
+        self.lock_read().insert(range);
+    }
+
+    /// Reads what the program may ask for next: see [`Self::was_read`].
+    ///
+    /// # Errors
+    /// As [`VolumeSource::read`].
+    pub(crate) async fn fetch(&self, range: Range) -> Result<Bytes> {
         self.activity.seen();
         let mut data = false;
         for extent in
@@ -80,19 +96,16 @@ impl ServedVolume {
             }
         }
         if !data {
-            return Ok(Bytes::from(vec![0; usize::try_from(range.length().get()).unwrap_or(0)]));
+            return Ok(zeroes(range.length()));
         }
         if let Some(pace) = &self.pace {
             pace.take(range.length()).await;
         }
         let read = self.source.read(range).await;
         self.activity.seen();
-        match &read {
-            Ok(_) => self.lock_read().insert(range),
-            Err(error) => {
-                let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
-                failure.get_or_insert_with(|| (error.kind(), crate::rpc::chain(error)));
-            }
+        if let Err(error) = &read {
+            let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+            failure.get_or_insert_with(|| (error.kind(), crate::rpc::chain(error)));
         }
         read
     }
@@ -165,6 +178,13 @@ impl ServedVolume {
     fn lock_read(&self) -> std::sync::MutexGuard<'_, Ranges> {
         self.read.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Zeroes, of which as many as are mostly asked for are always at hand.
+fn zeroes(length: Length) -> Bytes {
+    static ZEROES: [u8; 1 << 20] = [0; 1 << 20];
+    let length = usize::try_from(length.get()).unwrap_or(0);
+    ZEROES.get(..length).map_or_else(|| Bytes::from(vec![0; length]), Bytes::from_static)
 }
 
 fn refusal(error: &Error) -> Refusal {

@@ -13,21 +13,31 @@
 //! QEMU begins 2 when 1 is complete. If `a` saw anything of 2, then 1 was complete before `b`, and `b` sees it: that cluster is
 //! read through QEMU instead. If `b` finds nothing, nothing of 2 had begun when `a` ended. `b` asks for *allocated* parts, not
 //! for data: old data that was zero is kept aside as allocated space without any data (`fallocate`), which `SEEK_DATA` does not
-//! show. A snapshot that broke keeps nothing aside any more, so QEMU is asked after `a` whether it holds.
+//! show. A snapshot that broke keeps nothing aside any more, so QEMU is asked after `a` whether it holds. Both questions are
+//! asked for all reads at once that wait for an answer: see [`Proof`].
 
+use crate::{fleecing::FleecingImage, taking::FILTER_CLUSTER};
 use bytes::BytesMut;
 use rustix::{
     fs::{Mode, OFlags, open},
-    io::pread,
+    io::{Errno, ReadWriteFlags, pread, preadv2},
 };
 use std::{
     fs::{self, File},
-    io,
+    io::{self, IoSliceMut},
     os::unix::fs::{FileTypeExt as _, MetadataExt as _},
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 use stillpoint_model::{Length, Range};
-use stillpoint_nbd::buffer;
+use stillpoint_nbd::{Client, buffer};
+use tokio::sync::oneshot;
+
+/// How long reading an image may take before QEMU is asked instead, which has a deadline of its own.
+const READ_DEADLINE: Duration = Duration::from_secs(30);
+/// The same for what the fleecing image has, which the kernel knows without reading anything.
+const KEPT_DEADLINE: Duration = Duration::from_secs(2);
 
 /// The file or block device that is a raw disk, byte for byte, and that QEMU has open.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -116,30 +126,191 @@ pub(crate) struct DirectImage {
 }
 
 impl DirectImage {
-    /// What the image holds of `range` now; in memory that begins on a page, as `O_DIRECT` wants it. Blocks.
+    /// What the image holds of `range` now, in memory that begins on a page, as `O_DIRECT` wants it.
     ///
     /// # Errors
-    /// If the kernel fails it, or the image ends within.
-    pub(crate) fn read(&self, range: Range) -> io::Result<BytesMut> {
+    /// If the kernel fails it, the image ends within, or it takes too long.
+    pub(crate) async fn read(self: &Arc<Self>, range: Range) -> io::Result<BytesMut> {
+        let mut reading = Reading::of(range)?;
+        // What is in the page cache costs less than a thread to wait for it.
+        if let Some(()) = reading
+            .go_on(|rest, at| preadv2(&self.file, &mut [IoSliceMut::new(rest)], at, ReadWriteFlags::NOWAIT))?
+        {
+            return Ok(reading.bytes);
+        }
+        let image = Arc::clone(self);
+        // In a thread that may be given up, as long as storage hangs.
+        let reading = tokio::task::spawn_blocking(move || {
+            reading.go_on(|rest, at| pread(&image.file, rest, at))?;
+            Ok(reading.bytes)
+        });
+        tokio::time::timeout(READ_DEADLINE, reading).await?.map_err(io::Error::other)?
+    }
+}
+
+/// A read on its way.
+struct Reading {
+    bytes: BytesMut,
+    done: usize,
+    start: u64,
+}
+
+impl Reading {
+    fn of(range: Range) -> io::Result<Self> {
         let length = usize::try_from(range.length().get()).map_err(io::Error::other)?;
-        let mut bytes = buffer::initialized(length);
-        let mut done = 0;
-        while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
-            let at = range.start().get().saturating_add(u64::try_from(done).map_err(io::Error::other)?);
-            match pread(&self.file, rest, at) {
+        Ok(Self { bytes: buffer::initialized(length), done: 0, start: range.start().get() })
+    }
+
+    /// Reads the rest with `read`, which gets what is to be filled and its place in the image. `None` if it would have to wait.
+    fn go_on(
+        &mut self,
+        read: impl Fn(&mut [u8], u64) -> rustix::io::Result<usize>,
+    ) -> io::Result<Option<()>> {
+        while let Some(rest) = self.bytes.get_mut(self.done..).filter(|rest| !rest.is_empty()) {
+            let at = self.start.saturating_add(u64::try_from(self.done).map_err(io::Error::other)?);
+            match read(rest, at) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(count) => done = done.saturating_add(count),
-                Err(rustix::io::Errno::INTR) => {}
+                Ok(count) => self.done = self.done.saturating_add(count),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN | Errno::OPNOTSUPP) => return Ok(None),
                 Err(error) => return Err(error.into()),
             }
         }
-        Ok(bytes)
+        Ok(Some(()))
     }
+}
+
+/// What became of a read.
+#[derive(Debug)]
+pub(crate) enum Proven {
+    /// It is right but for these parts, whole clusters in order, which were kept aside.
+    But(Vec<Range>),
+    /// QEMU does not answer for the snapshot any more.
+    Broken(stillpoint_nbd::Error),
+    /// It could not be found out.
+    Unknown,
+}
+
+/// Proves what was read, for all that wait at once: it takes a message to QEMU and back and a thread that may be given up, and
+/// dozens of reads are on their way at the same time.
+pub(crate) struct Proof {
+    client: Client,
+    fleecing: Arc<FleecingImage>,
+    size: Length,
+    waiting: Mutex<Waiting>,
+}
+
+#[derive(Default)]
+struct Waiting {
+    reads: Vec<(Range, oneshot::Sender<Proven>)>,
+    /// Somebody works on those before.
+    busy: bool,
+}
+
+impl Proof {
+    pub(crate) fn new(client: Client, fleecing: Arc<FleecingImage>, size: Length) -> Self {
+        Self { client, fleecing, size, waiting: Mutex::default() }
+    }
+
+    /// Proves that what was read of `range`, before this was called, is what the disk held at the instant.
+    pub(crate) async fn of(self: &Arc<Self>, range: Range) -> Proven {
+        let (answer, answered) = oneshot::channel();
+        let first = {
+            let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+            waiting.reads.push((range, answer));
+            !std::mem::replace(&mut waiting.busy, true)
+        };
+        if first {
+            tokio::spawn(Arc::clone(self).work());
+        }
+        match tokio::time::timeout(KEPT_DEADLINE, answered).await {
+            Ok(Ok(proven)) => proven,
+            _ => Proven::Unknown,
+        }
+    }
+
+    async fn work(self: Arc<Self>) {
+        loop {
+            let mut reads = {
+                let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+                if waiting.reads.is_empty() {
+                    waiting.busy = false;
+                    return;
+                }
+                std::mem::take(&mut waiting.reads)
+            };
+            reads.sort_by_key(|(range, _)| range.start());
+            let runs = join(reads.iter().map(|(range, _)| *range));
+            let asked: Vec<_> = runs.iter().map(|run| run.align_outward(FILTER_CLUSTER, self.size)).collect();
+            let fleecing = Arc::clone(&self.fleecing);
+            let kept = tokio::task::spawn_blocking(move || {
+                let kept: io::Result<Vec<_>> = asked.into_iter().map(|run| fleecing.kept(run)).collect();
+                Ok::<_, io::Error>(kept?.concat())
+            });
+            let holds = self.holds(&runs).await;
+            let kept = match kept.await {
+                Ok(Ok(kept)) => Some(kept),
+                Ok(Err(error)) => {
+                    tracing::debug!(%error, "a fleecing image does not tell what it has");
+                    None
+                }
+                Err(_) => None,
+            };
+            for (range, answer) in reads {
+                let proven = match (&kept, holds) {
+                    // One of them may be the only one that is wrong.
+                    (_, false) => match self.client.block_status(range).await {
+                        Err(error) => Proven::Broken(error),
+                        Ok(_) => Proven::Unknown,
+                    },
+                    (None, _) => Proven::Unknown,
+                    (Some(kept), true) => Proven::But(clusters(kept, range, self.size)),
+                };
+                // Whoever asked may have been stopped.
+                let _ = answer.send(proven);
+            }
+        }
+    }
+
+    /// QEMU answers for a range if the snapshot holds and no part of it was given back.
+    async fn holds(&self, runs: &[Range]) -> bool {
+        for run in runs {
+            if self.client.block_status(*run).await.is_err() {
+                return false;
+            }
+        }
+        true
+    }
+}
+
+/// Ranges in order, those that touch as one.
+fn join(ranges: impl Iterator<Item = Range>) -> Vec<Range> {
+    let mut joined: Vec<Range> = Vec::new();
+    for range in ranges.filter(|range| !range.is_empty()) {
+        let before = joined.last_mut().filter(|before| before.end() >= range.start());
+        let both = before
+            .as_ref()
+            .and_then(|before| Range::between(before.start(), before.end().max(range.end())).ok());
+        match (before, both) {
+            (Some(before), Some(both)) => *before = both,
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
+
+/// The clusters of `range` of which anything is in `kept`, which is in order.
+fn clusters(kept: &[Range], range: Range, size: Length) -> Vec<Range> {
+    let first = kept.partition_point(|part| part.align_outward(FILTER_CLUSTER, size).end() <= range.start());
+    let parts = kept.iter().skip(first).map(|part| part.align_outward(FILTER_CLUSTER, size));
+    let parts = parts.take_while(|part| part.start() < range.end());
+    join(parts.filter_map(|part| part.intersect(range)))
 }
 
 #[cfg(test)]
 mod test {
     use super::*;
+    use proptest::prelude::*;
     use stillpoint_model::Offset;
 
     fn image(length: u64) -> (tempfile::NamedTempFile, ImageFile) {
@@ -149,16 +320,17 @@ mod test {
         (file, found)
     }
 
-    #[test]
-    fn only_what_the_process_has_open_and_what_is_the_whole_disk_is_read() {
+    #[tokio::test]
+    async fn only_what_the_process_has_open_and_what_is_the_whole_disk_is_read() {
         let (file, found) = image(1 << 20);
         rustix::io::pwrite(&file, b"here", 4096).unwrap();
         let opened = found.open(Length::new(1 << 20)).unwrap();
-        let bytes = opened.read(Range::new(Offset::new(4096), Length::new(4)).unwrap()).unwrap();
+        let opened = Arc::new(opened);
+        let bytes = opened.read(Range::new(Offset::new(4096), Length::new(4)).unwrap()).await.unwrap();
         assert_eq!(&bytes[..], b"here");
         assert!(found.open(Length::new((1 << 20) - 512)).is_none(), "a part of the file is not the disk");
         let past_the_end = Range::new(Offset::new((1 << 20) - 1), Length::new(2)).unwrap();
-        assert_eq!(opened.read(past_the_end).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        assert_eq!(opened.read(past_the_end).await.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
         drop(opened);
         let path = file.into_temp_path();
         assert!(found.open(Length::new(1 << 20)).is_none(), "it is closed");
@@ -189,5 +361,31 @@ mod test {
         assert_eq!(ImageFile::find(own, Path::new("/dev/null")), None);
         assert_eq!(ImageFile::find(own, Path::new("/nonexistent/image")), None);
         assert_eq!(ImageFile::find(own, Path::new("json:{}")), None);
+    }
+
+    proptest! {
+        /// Whatever was kept aside, of whatever range: each cluster that holds any of it is read again, and no other.
+        #[test]
+        fn exactly_the_clusters_that_were_kept_aside_are_read_through_qemu(
+            start in 0u64..4000, length in 1u64..2000, mut kept in prop::collection::vec((0u64..5000, 1u64..300), 0..20),
+        ) {
+            let unit = 512;
+            let range = |start: u64, length: u64| Range::new(Offset::new(start * unit), Length::new(length * unit)).unwrap();
+            let size = Length::new(6001 * unit);
+            let read = range(start, length);
+            kept.sort_unstable();
+            let kept = join(kept.into_iter().map(|(start, length)| range(start, length)));
+            let parts = clusters(&kept, read, size);
+            prop_assert!(parts.is_sorted_by(|a, b| a.end() < b.start()));
+            let cluster = u64::from(FILTER_CLUSTER.get());
+            for sector in start..start + length {
+                let at = sector * unit;
+                let (first, last) = (at / cluster * cluster, at / cluster * cluster + cluster);
+                let aside = kept.iter().any(|part| part.start().get() < last && part.end().get() > first);
+                let again = parts.iter().any(|part| (part.start().get()..part.end().get()).contains(&at));
+                prop_assert_eq!(aside, again, "sector {}", sector);
+            }
+            prop_assert!(parts.iter().all(|part| part.intersect(read) == Some(*part)));
+        }
     }
 }

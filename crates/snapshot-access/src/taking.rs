@@ -5,7 +5,7 @@ use crate::{
     access::{DiskPlan, ReadMode, Settings, SnapshotAccess, error_chain},
     bitmap::{Chain, ChainDisk},
     command,
-    direct::DirectImage,
+    direct::{DirectImage, Proof},
     discard::DiscardPlanner,
     error::{Error, ErrorKind, Result},
     fleecing::FleecingImage,
@@ -447,6 +447,9 @@ impl Taking {
         let opened = opened.connections.into_iter().zip(opened.images);
         for ((plan, disk), ((data, dirty), image)) in plan.into_iter().zip(self.disks).zip(opened) {
             modes.push((plan.bitmap_mode(), plan.base().cloned()));
+            let proof = disk.image.as_ref().filter(|_| image.is_some());
+            let proof = proof
+                .map(|fleecing| Arc::new(Proof::new(data.clone(), Arc::clone(fleecing), plan.disk.size)));
             volumes.push(Arc::new(AccessVolume {
                 name: plan.disk.name,
                 size: plan.disk.size,
@@ -455,6 +458,7 @@ impl Taking {
                 discards: Mutex::new(DiscardPlanner::new(FILTER_CLUSTER, plan.disk.size)),
                 fleecing: disk.image,
                 image,
+                proof,
                 piece: reads_within(self.qmp.version().number(), FILTER_CLUSTER, self.off),
                 stop: stopped.clone(),
                 read: AtomicU64::new(0),

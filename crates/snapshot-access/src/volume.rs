@@ -1,15 +1,15 @@
 //! One disk at its point, as a provider reads it.
 
-use crate::{direct::DirectImage, discard::DiscardPlanner, fleecing::FleecingImage, taking::FILTER_CLUSTER};
+use crate::{
+    direct::{DirectImage, Proof, Proven},
+    discard::DiscardPlanner,
+    fleecing::FleecingImage,
+};
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
-use std::{
-    io,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
+use std::sync::{
+    Arc, Mutex, PoisonError,
+    atomic::{AtomicU64, Ordering},
 };
 use stillpoint_model::{DiskName, Extent, ExtentKind, Granularity, Length, Offset, Range};
 use stillpoint_nbd::{Client, MetaContext, buffer};
@@ -27,9 +27,6 @@ const MAP_WINDOW: Length = Length::new(16 << 30);
 /// the filter takes clusters that the guest has overwritten from the disk instead of from the fleecing image: the reader
 /// gets the guest's new data, or, from a block status, the new data's zeroes. Seen on 7.2, not on 10.0; corrected upstream early in 2023, so 8.1 has it for certain. ADR 0006.
 const MIXED_READS_FROM: (u32, u32, u32) = (8, 1, 0);
-
-/// How long reading an image may take before QEMU is asked instead, which has a deadline of its own.
-const DIRECT_DEADLINE: Duration = Duration::from_secs(30);
 
 /// How much one read may span on this QEMU. Within one cluster all bits are the same, and the fault cannot show.
 pub(crate) fn reads_within(qemu: (u32, u32, u32), cluster: Granularity, off: bool) -> Length {
@@ -58,6 +55,8 @@ pub(crate) struct AccessVolume {
     pub(crate) fleecing: Option<Arc<FleecingImage>>,
     /// The image itself, where it may be read past QEMU.
     pub(crate) image: Option<Arc<DirectImage>>,
+    /// Tells what of such a read is right, if a guest runs.
+    pub(crate) proof: Option<Arc<Proof>>,
     /// The most that one read may span: see [`reads_within`].
     pub(crate) piece: Length,
     pub(crate) stop: watch::Receiver<Option<Stop>>,
@@ -168,39 +167,30 @@ impl AccessVolume {
 
     /// Reads the image itself, and what was kept aside through QEMU. Whatever is in the way of that, QEMU may not mind.
     async fn read_image(&self, image: &Arc<DirectImage>, range: Range) -> Result<Bytes> {
-        let (image, fleecing, size) = (Arc::clone(image), self.fleecing.clone(), self.size);
-        // In a thread that may be given up, as long as storage hangs.
-        let reading = tokio::task::spawn_blocking(move || {
-            let bytes = image.read(range)?;
-            // In this order: the module `direct` says why.
-            let kept = fleecing.map(|fleecing| fleecing.kept(range.align_outward(FILTER_CLUSTER, size)));
-            Ok::<_, io::Error>((bytes, kept.transpose()?.unwrap_or_default()))
-        });
-        let read = match self.unless_stopped(tokio::time::timeout(DIRECT_DEADLINE, reading)).await? {
-            Ok(Ok(read)) => read,
-            Ok(Err(error)) => Err(io::Error::other(error)),
-            Err(error) => Err(error.into()),
-        };
-        let (mut bytes, kept) = match read {
-            Ok(read) => read,
+        let mut bytes = match self.unless_stopped(image.read(range)).await? {
+            Ok(bytes) => bytes,
             Err(error) => {
                 tracing::debug!(disk = %self.name, %range, %error, "an image was not read directly");
                 return self.read_export(range).await;
             }
         };
-        for part in clusters(&kept, range, self.size) {
-            let old = self.read_export(part).await?;
-            overwrite(&mut bytes, range, part, &old)
-                .ok_or_else(|| self.unreadable("put together", Some(part)))?;
-        }
-        if self.fleecing.is_some() {
-            // Asked after the image was read: as long as QEMU answers for the range, it has kept aside all that had to be.
-            let holds = self.unless_stopped(self.data.block_status(range)).await?;
-            if let Err(error) = holds {
-                return Err(self.describe(range, error).await);
+        // In this order: the module `direct` says why. Where no guest runs, nothing changes.
+        let proven = match &self.proof {
+            None => Proven::But(Vec::new()),
+            Some(proof) => self.unless_stopped(proof.of(range)).await?,
+        };
+        match proven {
+            Proven::But(kept) => {
+                for part in kept {
+                    let old = self.read_export(part).await?;
+                    overwrite(&mut bytes, range, part, &old)
+                        .ok_or_else(|| self.unreadable("put together", Some(part)))?;
+                }
+                Ok(buffer::freeze(bytes))
             }
+            Proven::Broken(error) => Err(self.describe(range, error).await),
+            Proven::Unknown => self.read_export(range).await,
         }
-        Ok(buffer::freeze(bytes))
     }
 
     async fn discard(&self, range: Range) -> Result<()> {
@@ -302,24 +292,6 @@ fn zero_unless_kept(fleecing: &FleecingImage, range: Range, size: Length) -> Vec
     }
     if !rest.is_empty() {
         parts.push(Extent { range: rest, kind: ExtentKind::Zero });
-    }
-    parts
-}
-
-/// The clusters of `range` of which anything is in `kept` (in order), those next to each other as one.
-fn clusters(kept: &[Range], range: Range, size: Length) -> Vec<Range> {
-    let mut parts: Vec<Range> = Vec::new();
-    for part in kept {
-        let Some(part) = part.align_outward(FILTER_CLUSTER, size).intersect(range) else { continue };
-        let joined = parts.last().filter(|last| last.end() >= part.start());
-        match joined.and_then(|last| Range::between(last.start(), part.end().max(last.end())).ok()) {
-            Some(joined) => {
-                parts.pop();
-                parts.push(joined);
-            }
-            None if part.is_empty() => {}
-            None => parts.push(part),
-        }
     }
     parts
 }

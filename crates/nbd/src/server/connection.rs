@@ -8,7 +8,10 @@ use crate::protocol::{
     Errno, MAX_PAYLOAD, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, chunk, command,
 };
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
-use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
+use rustix::net::{
+    SendAncillaryBuffer, SendFlags, sendmsg,
+    sockopt::{set_socket_send_buffer_size, set_socket_send_buffer_size_force},
+};
 use std::{
     io::{self, IoSlice},
     sync::Arc,
@@ -26,10 +29,13 @@ const FLAG_REQ_ONE: u16 = 1 << 3;
 /// Flags that a client may set on what we do: FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO. They change nothing but the last
 /// but one.
 const KNOWN_FLAGS: u16 = 0b1_1111;
+/// What of replies may be in the socket, in bytes.
+const SEND_BUFFER: usize = 1 << 20;
 /// Most descriptors in one answer about a map; a client asks on from where it ends.
 const MOST_DESCRIPTORS: usize = 8192;
 
 pub(super) async fn serve(stream: UnixStream, exports: &Exports) -> io::Result<()> {
+    widen(&stream);
     let (reader, mut writer) = stream.into_split();
     let mut reader = BufReader::new(reader);
     let negotiating = handshake::negotiate(&mut reader, &mut writer, exports);
@@ -39,6 +45,14 @@ pub(super) async fn serve(stream: UnixStream, exports: &Exports) -> io::Result<(
             Some(negotiated) => transmit(reader, writer, negotiated).await,
             None => Ok(()),
         },
+    }
+}
+
+/// Room for some replies in the socket, so that sending one need not wait in the middle for its reader; as much as the
+/// kernel allows. Without it, it is only slower.
+pub(super) fn widen(stream: &UnixStream) {
+    if set_socket_send_buffer_size_force(stream, SEND_BUFFER).is_err() {
+        let _ = set_socket_send_buffer_size(stream, SEND_BUFFER);
     }
 }
 

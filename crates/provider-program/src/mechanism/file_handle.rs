@@ -1,20 +1,21 @@
 //! As files: a FUSE file system with a file for each disk. Reads, `SEEK_DATA` and `SEEK_HOLE` (zeroes are holes), and
 //! `fallocate(FALLOC_FL_PUNCH_HOLE)` to give a part back.
 //!
-//! A disk that is to be read in full goes through the page cache, with read-ahead. One of which only parts may be read
-//! does not: the kernel would read ahead into what is clean, which is an error.
+//! Nothing goes through the page cache: it would drive out of it what guests and host need, and of a disk of which only parts
+//! may be read the kernel would read ahead into what is clean, which is an error. For programs that read in small pieces we
+//! read ahead.
 
+use super::ahead::ReadAhead;
 use crate::{protocol::Handle, volume::ServedVolume};
 use fuser::{
     BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
-    INodeNo, KernelConfig, LockOwner, MountOption, OpenAccMode, OpenFlags, ReplyAttr, ReplyData,
+    INodeNo, InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData,
     ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, Request,
 };
 use rustix::mount::{UnmountFlags, unmount};
 use std::{
     ffi::OsStr,
     fs, io,
-    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime},
@@ -25,8 +26,7 @@ use tokio::runtime;
 
 /// Nothing about the files ever changes.
 const FOREVER: Duration = Duration::from_secs(86_400);
-/// What the kernel may read ahead, and has on its way at once.
-const READ_AHEAD: u32 = 4 << 20;
+/// Requests that the kernel has on their way at once without waiting for each.
 const BACKGROUND: u16 = 64;
 /// `FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE`
 const PUNCH_HOLE: i32 = 3;
@@ -55,9 +55,9 @@ impl FileHandover {
             MountOption::NoDev,
             MountOption::NoExec,
         ];
-        let disks = Disks { volumes: volumes.to_vec(), runtime: runtime::Handle::current() };
+        let volumes = volumes.iter().map(|volume| Arc::new(ReadAhead::new(Arc::clone(volume)))).collect();
+        let disks = Disks { volumes, runtime: runtime::Handle::current() };
         let session = fuser::spawn_mount(disks, &mount, &config).map_err(failed)?;
-        read_ahead(&mount);
         Ok(Self { mount, session })
     }
 
@@ -80,16 +80,8 @@ impl FileHandover {
     }
 }
 
-/// Where the kernel lets us; it makes reading in order faster, and nothing else.
-fn read_ahead(mount: &Path) {
-    let Ok(device) = fs::metadata(mount).map(|found| found.dev()) else { return };
-    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
-    let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
-    let _ = fs::write(path, (READ_AHEAD >> 10).to_string());
-}
-
 struct Disks {
-    volumes: Vec<Arc<ServedVolume>>,
+    volumes: Vec<Arc<ReadAhead>>,
     runtime: runtime::Handle,
 }
 
@@ -97,8 +89,12 @@ struct Disks {
 const FIRST: u64 = 2;
 
 impl Disks {
-    fn volume(&self, file: INodeNo) -> Option<&Arc<ServedVolume>> {
+    fn disk(&self, file: INodeNo) -> Option<&Arc<ReadAhead>> {
         self.volumes.get(usize::try_from(file.0.checked_sub(FIRST)?).ok()?)
+    }
+
+    fn volume(&self, file: INodeNo) -> Option<&Arc<ServedVolume>> {
+        self.disk(file).map(|disk| disk.volume())
     }
 
     fn attributes(&self, number: INodeNo) -> Option<FileAttr> {
@@ -130,16 +126,14 @@ impl Disks {
 
 impl Filesystem for Disks {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        // Where the kernel wants less, less it is.
-        if let Err(most) = config.set_max_readahead(READ_AHEAD) {
-            let _ = config.set_max_readahead(most);
-        }
+        // A loop device has many reads on their way at once; without this the kernel waits for each.
+        let _ = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
         let _ = config.set_max_background(BACKGROUND);
         Ok(())
     }
 
     fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let index = self.volumes.iter().position(|volume| name == volume.name.as_str());
+        let index = self.volumes.iter().position(|disk| name == disk.volume().name.as_str());
         let number = index.filter(|_| parent == INodeNo::ROOT).map(|index| INodeNo(FIRST + index as u64));
         match number.and_then(|number| self.attributes(number)) {
             Some(attributes) => reply.entry(&FOREVER, &attributes, Generation(0)),
@@ -154,14 +148,10 @@ impl Filesystem for Disks {
         }
     }
 
-    fn open(&self, _request: &Request, file: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+    fn open(&self, _request: &Request, file: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         match self.volume(file) {
             None => reply.error(Errno::EISDIR),
-            Some(volume) => {
-                let direct = volume.has_map() || flags.acc_mode() == OpenAccMode::O_WRONLY;
-                let how = if direct { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::FOPEN_KEEP_CACHE };
-                reply.opened(FileHandle(0), how);
-            }
+            Some(_) => reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO),
         }
     }
 
@@ -176,8 +166,8 @@ impl Filesystem for Disks {
         _owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let Some(volume) = self.volume(file).cloned() else { return reply.error(Errno::EISDIR) };
-        let length = u64::from(size).min(volume.size().get().saturating_sub(offset));
+        let Some(disk) = self.disk(file).cloned() else { return reply.error(Errno::EISDIR) };
+        let length = u64::from(size).min(disk.volume().size().get().saturating_sub(offset));
         if length == 0 {
             return reply.data(&[]);
         }
@@ -185,10 +175,10 @@ impl Filesystem for Disks {
             return reply.error(Errno::EINVAL);
         };
         self.runtime.spawn(async move {
-            match volume.read(range).await {
+            match disk.read(range).await {
                 Ok(bytes) => reply.data(&bytes),
                 Err(error) => {
-                    tracing::debug!(error = crate::rpc::chain(&error), disk = %volume.name, "a read failed");
+                    tracing::debug!(error = crate::rpc::chain(&error), disk = %disk.volume().name, "a read failed");
                     reply.error(Errno::EIO);
                 }
             }
@@ -268,7 +258,7 @@ impl Filesystem for Disks {
         let dots = [(INodeNo::ROOT, FileType::Directory, "."), (INodeNo::ROOT, FileType::Directory, "..")];
         let disks = self.volumes.iter().zip(FIRST..);
         let disks =
-            disks.map(|(volume, number)| (INodeNo(number), FileType::RegularFile, volume.name.as_str()));
+            disks.map(|(disk, number)| (INodeNo(number), FileType::RegularFile, disk.volume().name.as_str()));
         for (index, (number, kind, name)) in (1..).zip(dots.into_iter().chain(disks)) {
             if index > offset && reply.add(number, index, kind, name) {
                 break;
