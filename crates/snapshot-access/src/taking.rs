@@ -462,6 +462,7 @@ impl Taking {
                 piece: reads_within(self.qmp.version().number(), FILTER_CLUSTER, self.off),
                 stop: stopped.clone(),
                 read: AtomicU64::new(0),
+                past_qemu: AtomicU64::new(0),
                 passed: AtomicU64::new(0),
             }));
             chain.push(disk.chain);

@@ -1,6 +1,7 @@
 //! The program: reads the command line, runs the command, tells what came of it.
 
 use clap::Parser as _;
+use std::io::IsTerminal as _;
 use std::process::ExitCode;
 use stillpoint::{Cli, Exit, run};
 use tracing_subscriber::{EnvFilter, fmt};
@@ -48,7 +49,8 @@ fn main() -> ExitCode {
         _ => "trace",
     };
     let filter = EnvFilter::try_from_env("STILLPOINT_LOG").unwrap_or_else(|_| EnvFilter::new(level));
-    fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).without_time().init();
+    let log = fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).without_time();
+    log.with_ansi(std::io::stderr().is_terminal()).init();
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {

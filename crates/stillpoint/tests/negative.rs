@@ -143,6 +143,29 @@ fn without_the_pause_the_disks_are_from_different_instants() {
     assert_eq!(guest.stop_storm().unwrap().errors, 0);
 }
 
+/// What reading past QEMU would be without looking at what was kept aside (ADR 0018).
+#[test]
+fn images_read_while_the_guest_writes_are_from_no_instant() {
+    let mut guest = guest();
+    let storm = guest.start_storm(13, 0).unwrap();
+    guest.await_writes(150).unwrap();
+    instant(&mut guest, true);
+    let mut images = Vec::new();
+    for (disk, image) in DISKS.iter().zip(guest.images()) {
+        let copy = guest.work().join(format!("{disk}-past.raw"));
+        std::fs::copy(image, &copy).unwrap();
+        images.push(copy);
+        guest.await_writes(GAP).unwrap();
+    }
+    assert!(
+        violations(&images, &storm) > 0,
+        "nobody looked at what was kept aside, and the oracle saw nothing"
+    );
+    let images = read_and_remove(&mut guest, "export");
+    assert_eq!(violations(&images, &storm), 0, "the same instant through QEMU is right");
+    assert_eq!(guest.stop_storm().unwrap().errors, 0);
+}
+
 /// The clusters that a bitmap calls changed.
 fn changed(guest: &mut Guest, disk: &str) -> Vec<(u64, u64)> {
     let socket = guest.work().join("bitmap.nbd");

@@ -4,8 +4,8 @@
 
 mod common;
 
-use common::Cuts;
-use stillpoint_testkit::{DiskSpec, FrontEnd, Guest, GuestBuilder, Qemu, skip};
+use common::{Cuts, backup_arguments};
+use stillpoint_testkit::{Cache, DiskSpec, FrontEnd, Guest, GuestBuilder, Qemu, skip};
 
 const MIB: u64 = 1 << 20;
 
@@ -48,13 +48,13 @@ fn storm(mut guest: Guest, disks: Vec<&'static str>, points: usize, seed: u64) {
 }
 
 /// `STILLPOINT_CUTS` makes more points than the few that every run of the tests makes.
-fn cuts() -> usize {
+fn cuts_wanted() -> usize {
     std::env::var("STILLPOINT_CUTS").ok().and_then(|cuts| cuts.parse().ok()).unwrap_or(6)
 }
 
 #[test]
 fn every_point_under_full_speed_writes_is_one_instant() {
-    storm(three_disks(Qemu::installed().unwrap()), vec!["vda", "vdb", "vdc"], cuts(), 1);
+    storm(three_disks(Qemu::installed().unwrap()), vec!["vda", "vdb", "vdc"], cuts_wanted(), 1);
 }
 
 #[test]
@@ -80,5 +80,57 @@ fn the_same_on_qemu_10_with_iothreads() {
         .disk(DiskSpec::new("sda", 160 * MIB + 37 * 512).front_end(FrontEnd::ScsiHd).iothread())
         .boot()
         .unwrap();
-    storm(guest, vec!["vda", "vdb", "sda"], cuts(), 3);
+    storm(guest, vec!["vda", "vdb", "sda"], cuts_wanted(), 3);
+}
+
+/// Raw images are read past QEMU (ADR 0018), whatever QEMU does with the page cache, and no write is lost by it.
+fn past_qemu(qemu: Qemu, seed: u64) {
+    let mut guest = GuestBuilder::new(qemu)
+        .disk(DiskSpec::new("vda", 96 * MIB + 512).raw())
+        .disk(DiskSpec::new("vdb", 64 * MIB + 4096).raw().cache(Cache::None))
+        .disk(DiskSpec::new("vdc", 80 * MIB).raw().cache(Cache::Unsafe).legacy())
+        .boot()
+        .unwrap();
+    let disks = vec!["vda", "vdb", "vdc"];
+    let mut cuts = Cuts::start(&mut guest, disks.clone(), seed);
+    cuts.tool = common::tool(cuts.guest.work()).env("STILLPOINT_LOG", "stillpoint_snapshot_access=debug");
+    let mut made = Vec::new();
+    while made.len() < cuts_wanted() {
+        cuts.guest.await_writes(200).unwrap();
+        let arguments = backup_arguments(&cuts.guest.qmp(), &cuts.target, &[]);
+        let outcome = cuts.tool.run(&arguments).unwrap();
+        assert_eq!(outcome.status, 0, "{}", outcome.stderr);
+        let summary = outcome.json().unwrap();
+        for disk in &disks {
+            let told = format!("disk={disk} ");
+            let line =
+                outcome.stderr.lines().find(|line| line.contains(&told) && line.contains("past_qemu="));
+            let line = line.unwrap_or_else(|| panic!("{disk}: {}", outcome.stderr));
+            let bytes = line.split("past_qemu=").nth(1).unwrap().split_whitespace().next().unwrap();
+            let bytes: u64 = bytes.parse().unwrap();
+            let read = summary["disks"].as_array().unwrap().iter().find(|found| found["name"] == **disk);
+            let read = read.unwrap()["read_bytes"].as_u64().unwrap();
+            println!("{disk}: {bytes} of {read} bytes past QEMU");
+            assert!(bytes > 0 && bytes <= read, "{line}");
+        }
+        made.push(summary);
+    }
+    cuts.judge_all(&made);
+    cuts.end();
+}
+
+#[test]
+fn raw_images_read_past_qemu_are_one_instant_too() {
+    past_qemu(Qemu::installed().unwrap(), 4);
+}
+
+#[test]
+fn raw_images_read_past_qemu_10_are_one_instant_too() {
+    let Some(qemu) = Qemu::trixie() else {
+        return skip(
+            "raw_images_read_past_qemu_10_are_one_instant_too",
+            "no QEMU 10; `cargo xtask qemu10` installs it",
+        );
+    };
+    past_qemu(qemu, 5);
 }
