@@ -11,7 +11,7 @@ use crate::{
     repository::Repository,
     store::Folder,
 };
-use bytes::Bytes;
+use bytes::{Buf as _, BytesMut};
 use sha2::{Digest as _, Sha256};
 use std::{
     num::NonZeroU32,
@@ -27,6 +27,10 @@ const PACK_SIZE: usize = 32 << 20;
 const LITTLE: usize = 4 << 20;
 /// Packs being written at once, which are held in memory.
 const WRITES: usize = 3;
+/// What a pack grows to, with its last blob and its header: room for it is taken once and used again.
+const ROOM: usize = PACK_SIZE + (9 << 20);
+/// What its memory begins on a multiple of, so that it can be written past the page cache as it is.
+const ALIGNMENT: usize = 4096;
 /// An index is written so often, so that the next run finds what an interrupted one has stored.
 const INDEX_EVERY: Duration = Duration::from_secs(30);
 /// Entries of a header: kind, length, (length before compression,) id.
@@ -37,8 +41,8 @@ const COMPRESSED_ENTRY: usize = 41;
 #[derive(Default)]
 struct Pack {
     blobs: Vec<IndexBlob>,
-    parts: Vec<Bytes>,
-    length: usize,
+    /// The blobs, one after the other. Each is copied here while it is still in the processor's cache.
+    bytes: BytesMut,
 }
 
 impl Pack {
@@ -47,31 +51,38 @@ impl Pack {
         self.blobs.push(IndexBlob {
             id,
             kind,
-            offset: u32::try_from(self.length).map_err(large)?,
+            offset: u32::try_from(self.bytes.len()).map_err(large)?,
             length: u32::try_from(sealed.bytes.len()).map_err(large)?,
             uncompressed_length: sealed.uncompressed.and_then(NonZeroU32::new),
         });
-        self.length = self.length.saturating_add(sealed.bytes.len());
-        self.parts.push(sealed.bytes.into());
+        self.bytes.extend_from_slice(&sealed.bytes);
         Ok(())
     }
 
-    fn write(mut self, repository: &Repository) -> Result<IndexPack> {
+    /// Writes it; its memory comes back, to be used again.
+    fn write(mut self, repository: &Repository) -> Result<(IndexPack, BytesMut)> {
         let header = repository.key.encrypt(&header(&self.blobs))?;
         let length = u32::try_from(header.len())
             .map_err(|_| Error::new(ErrorKind::Io, "a pack has too many blobs"))?;
-        self.parts.push(header.into());
-        self.parts.push(Bytes::copy_from_slice(&length.to_le_bytes()));
-        let mut hash = Sha256::new();
-        for part in &self.parts {
-            hash.update(part);
-        }
-        let id = Id::new(hash.finalize().into());
+        self.bytes.extend_from_slice(&header);
+        self.bytes.extend_from_slice(&length.to_le_bytes());
+        let bytes = self.bytes.freeze();
+        let id = Id::new(Sha256::digest(&bytes).into());
         stillpoint_failpoint::reached("restic-pack");
-        let written = repository.store.write(Folder::Data, &id.to_string(), &self.parts);
+        let written = repository.store.write(Folder::Data, &id.to_string(), std::slice::from_ref(&bytes));
         written.map_err(|error| stored("cannot write a pack", error))?;
-        Ok(IndexPack { id, blobs: self.blobs })
+        // A store that still has it keeps it.
+        Ok((IndexPack { id, blobs: self.blobs }, bytes.try_into_mut().unwrap_or_default()))
     }
+}
+
+/// Empty memory for a pack.
+fn room() -> BytesMut {
+    let mut room = BytesMut::zeroed(ROOM + ALIGNMENT);
+    let into_page = room.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
+    room.advance(into_page);
+    room.clear();
+    room
 }
 
 /// A header, before encryption.
@@ -138,7 +149,9 @@ pub(crate) struct Saver {
     repository: Arc<Repository>,
     data: Pack,
     trees: Pack,
-    writes: JoinSet<Result<IndexPack>>,
+    writes: JoinSet<Result<(IndexPack, BytesMut)>>,
+    /// Memory of packs that are written.
+    spare: Vec<BytesMut>,
     /// Written, but in no index yet.
     written: Vec<IndexPack>,
     last_index: Instant,
@@ -153,6 +166,7 @@ impl Saver {
             data: Pack::default(),
             trees: Pack::default(),
             writes: JoinSet::new(),
+            spare: Vec::new(),
             written: Vec::new(),
             last_index: Instant::now(),
             added: 0,
@@ -168,11 +182,16 @@ impl Saver {
     pub(crate) async fn add(&mut self, kind: BlobKind, id: Id, sealed: SealedBlob) -> Result<()> {
         self.added = self.added.saturating_add(sealed.bytes.len() as u64);
         let pack = match kind {
-            BlobKind::Data => &mut self.data,
+            BlobKind::Data => {
+                if self.data.bytes.capacity() == 0 {
+                    self.data.bytes = self.spare.pop().unwrap_or_else(room);
+                }
+                &mut self.data
+            }
             BlobKind::Tree => &mut self.trees,
         };
         pack.add(kind, id, sealed)?;
-        if pack.length < PACK_SIZE {
+        if pack.bytes.len() < PACK_SIZE {
             return Ok(());
         }
         let full = std::mem::take(pack);
@@ -193,7 +212,14 @@ impl Saver {
 
     async fn one_written(&mut self) -> Result<()> {
         match self.writes.join_next().await {
-            Some(Ok(written)) => self.written.push(written?),
+            Some(Ok(written)) => {
+                let (written, mut room) = written?;
+                self.written.push(written);
+                room.clear();
+                if room.capacity() >= PACK_SIZE {
+                    self.spare.push(room);
+                }
+            }
             Some(Err(join)) => return Err(Error::new(ErrorKind::Io, "writing a pack failed").because(join)),
             None => {}
         }
@@ -213,7 +239,7 @@ impl Saver {
     /// Writes what is worth a pack of its own, and waits until it is written: what is left for [`finish`](Self::finish)
     /// is little.
     pub(crate) async fn settle(&mut self) -> Result<()> {
-        if self.data.length >= LITTLE {
+        if self.data.bytes.len() >= LITTLE {
             let data = std::mem::take(&mut self.data);
             self.write(data).await?;
         }

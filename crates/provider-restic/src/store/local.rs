@@ -88,11 +88,21 @@ const LARGE: usize = 1 << 20;
 /// Writes `content` past the page cache, and makes it durable.
 fn write_direct(file: &File, content: &[Bytes]) -> io::Result<()> {
     let length: usize = content.iter().map(Bytes::len).sum();
+    let mut at = 0;
+    let mut rest = content.to_vec();
+    // What begins on a page goes as it is.
+    if let [whole] = rest.as_mut_slice()
+        && whole.as_ptr().align_offset(ALIGNMENT) == 0
+    {
+        let blocks = whole.split_to(whole.len() / ALIGNMENT * ALIGNMENT);
+        file.write_all_at(&blocks, 0)?;
+        at = blocks.len() as u64;
+    }
     let mut room = vec![0; PIECE + ALIGNMENT];
     let start = room.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
     let piece = room.get_mut(start..start.saturating_add(PIECE)).ok_or(io::ErrorKind::InvalidInput)?;
-    let (mut filled, mut at) = (0usize, 0u64);
-    for part in content {
+    let mut filled = 0usize;
+    for part in &rest {
         let mut part: &[u8] = part;
         while !part.is_empty() {
             let free = piece.get_mut(filled..).unwrap_or_default();
