@@ -1,4 +1,4 @@
-//! Reading a raw image itself, past QEMU, while the guest writes to it (ADR 0018).
+//! Reading an image itself, past QEMU, while the guest writes to it (ADR 0018).
 //!
 //! What is read of the image is what the disk held at the instant wherever the filter has kept nothing aside, and that can
 //! be told *afterwards*:
@@ -16,13 +16,17 @@
 //! show. A snapshot that broke keeps nothing aside any more, so QEMU is asked after `a` whether it holds. Both questions are
 //! asked for all reads at once that wait for an answer: see [`Proof`].
 
+mod qcow2;
+
 use crate::{fleecing::FleecingImage, taking::FILTER_CLUSTER};
 use bytes::BytesMut;
+use qcow2::{Place, Tables};
 use rustix::{
     fs::{Mode, OFlags, open},
     io::{Errno, ReadWriteFlags, pread, preadv2},
 };
 use std::{
+    collections::VecDeque,
     fs::{self, File},
     io::{self, IoSliceMut},
     os::unix::fs::{FileTypeExt as _, MetadataExt as _},
@@ -30,7 +34,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
-use stillpoint_model::{Length, Range};
+use stillpoint_model::{Length, Offset, Range};
 use stillpoint_nbd::{Client, buffer};
 use tokio::sync::oneshot;
 
@@ -39,11 +43,32 @@ const READ_DEADLINE: Duration = Duration::from_secs(30);
 /// The same for what the fleecing image has, which the kernel knows without reading anything.
 const KEPT_DEADLINE: Duration = Duration::from_secs(2);
 
-/// The file or block device that is a raw disk, byte for byte, and that QEMU has open.
+/// The file or block device that holds a disk, and that QEMU has open.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ImageFile {
     qemu: u32,
+    format: ImageFormat,
     identity: Identity,
+}
+
+/// How an image holds a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ImageFormat {
+    /// Byte for byte.
+    Raw,
+    /// In clusters; QEMU has to flush its tables after the instant.
+    Qcow2,
+}
+
+impl ImageFormat {
+    /// By QEMU's name for it; `None` for those that are QEMU's alone to read.
+    pub(crate) fn of(driver: &str) -> Option<Self> {
+        match driver {
+            "raw" => Some(Self::Raw),
+            "qcow2" => Some(Self::Qcow2),
+            _ => None,
+        }
+    }
 }
 
 /// Which file or device, whatever path leads to it.
@@ -68,11 +93,16 @@ impl Identity {
 
 impl ImageFile {
     /// What `path` means to the process `qemu`; `None` if it cannot be seen from here.
-    pub(crate) fn find(qemu: u32, path: &Path) -> Option<Self> {
+    pub(crate) fn find(qemu: u32, path: &Path, format: ImageFormat) -> Option<Self> {
         // An absolute link is followed from our root, not from that process's; then no descriptor of it fits.
         let below = path.strip_prefix("/").ok()?;
         let metadata = fs::metadata(PathBuf::from(format!("/proc/{qemu}/root")).join(below)).ok()?;
-        Some(Self { qemu, identity: Identity::of(&metadata)? })
+        Some(Self { qemu, format, identity: Identity::of(&metadata)? })
+    }
+
+    /// Whether [`open`](Self::open) is right only after QEMU has flushed the image.
+    pub(crate) fn needs_flush(&self) -> bool {
+        self.format == ImageFormat::Qcow2
     }
 
     /// Opens it by QEMU's own descriptor, so that nothing is ever read that QEMU has not open for this disk's `size`, and
@@ -106,9 +136,14 @@ impl ImageFile {
         if Identity::of(&file.metadata().ok()?) != Some(self.identity) {
             return None;
         }
+        if self.format == ImageFormat::Qcow2 {
+            let tables = Tables::open(&file, size)?;
+            return Some(DirectImage { file, tables: Some(tables) });
+        }
         let has = Length::new(rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).ok()?);
         // QEMU counts in sectors. A `raw` node with an offset or a size of its own shows less than the file has.
-        (has.get().checked_next_multiple_of(512) == Some(size.get())).then_some(DirectImage { file })
+        let whole = has.get().checked_next_multiple_of(512) == Some(size.get());
+        whole.then_some(DirectImage { file, tables: None })
     }
 
     fn flags(&self, path: &Path) -> Option<OFlags> {
@@ -119,46 +154,70 @@ impl ImageFile {
     }
 }
 
-/// A raw image, open for reading.
+/// An image, open for reading.
 #[derive(Debug)]
 pub(crate) struct DirectImage {
     file: File,
+    /// Where it has what, if it is not the disk byte for byte.
+    tables: Option<Tables>,
 }
 
 impl DirectImage {
-    /// What the image holds of `range` now, in memory that begins on a page, as `O_DIRECT` wants it.
+    /// What the image holds of `range` now, in memory that begins on a page, as `O_DIRECT` wants it; and the parts, in order, that
+    /// it does not hold as they are, of which the memory has anything.
     ///
     /// # Errors
     /// If the kernel fails it, the image ends within, or it takes too long.
-    pub(crate) async fn read(self: &Arc<Self>, range: Range) -> io::Result<BytesMut> {
-        let mut reading = Reading::of(range)?;
+    pub(crate) async fn read(self: &Arc<Self>, range: Range) -> io::Result<(BytesMut, Vec<Range>)> {
+        let places = match &self.tables {
+            None => vec![Place { range, at: range.start().get() }],
+            Some(tables) => match tables.places(None, range) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let image = Arc::clone(self);
+                    let look = move || match &image.tables {
+                        Some(tables) => tables.places(Some(&image.file), range),
+                        None => Ok(Vec::new()),
+                    };
+                    in_time(look).await?
+                }
+                places => places?,
+            },
+        };
+        let elsewhere = qcow2::elsewhere(range, &places);
+        let mut reading = Reading::of(range, places)?;
         // What is in the page cache costs less than a thread to wait for it.
         if let Some(()) = reading
             .go_on(|rest, at| preadv2(&self.file, &mut [IoSliceMut::new(rest)], at, ReadWriteFlags::NOWAIT))?
         {
-            return Ok(reading.bytes);
+            return Ok((reading.bytes, elsewhere));
         }
         let image = Arc::clone(self);
-        // In a thread that may be given up, as long as storage hangs.
-        let reading = tokio::task::spawn_blocking(move || {
+        let wait = move || {
             reading.go_on(|rest, at| pread(&image.file, rest, at))?;
             Ok(reading.bytes)
-        });
-        tokio::time::timeout(READ_DEADLINE, reading).await?.map_err(io::Error::other)?
+        };
+        Ok((in_time(wait).await?, elsewhere))
     }
+}
+
+/// Waits for `read` in a thread that may be given up, as long as storage hangs.
+async fn in_time<T: Send + 'static>(read: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+    let reading = tokio::task::spawn_blocking(read);
+    tokio::time::timeout(READ_DEADLINE, reading).await?.map_err(io::Error::other)?
 }
 
 /// A read on its way.
 struct Reading {
+    range: Range,
     bytes: BytesMut,
-    done: usize,
-    start: u64,
+    /// Where the rest is.
+    places: VecDeque<Place>,
 }
 
 impl Reading {
-    fn of(range: Range) -> io::Result<Self> {
+    fn of(range: Range, places: Vec<Place>) -> io::Result<Self> {
         let length = usize::try_from(range.length().get()).map_err(io::Error::other)?;
-        Ok(Self { bytes: buffer::initialized(length), done: 0, start: range.start().get() })
+        Ok(Self { range, bytes: buffer::initialized(length), places: places.into() })
     }
 
     /// Reads the rest with `read`, which gets what is to be filled and its place in the image. `None` if it would have to wait.
@@ -166,14 +225,24 @@ impl Reading {
         &mut self,
         read: impl Fn(&mut [u8], u64) -> rustix::io::Result<usize>,
     ) -> io::Result<Option<()>> {
-        while let Some(rest) = self.bytes.get_mut(self.done..).filter(|rest| !rest.is_empty()) {
-            let at = self.start.saturating_add(u64::try_from(self.done).map_err(io::Error::other)?);
-            match read(rest, at) {
+        while let Some(place) = self.places.front_mut() {
+            let from = place.range.start().get().saturating_sub(self.range.start().get());
+            let until = from.saturating_add(place.range.length().get());
+            let part = usize::try_from(from).ok().zip(usize::try_from(until).ok());
+            let part = part.and_then(|(from, until)| self.bytes.get_mut(from..until));
+            match read(part.ok_or(io::ErrorKind::InvalidInput)?, place.at) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(count) => self.done = self.done.saturating_add(count),
+                Ok(count) => {
+                    let done = place.range.start().get().saturating_add(count as u64);
+                    place.at = place.at.saturating_add(count as u64);
+                    place.range = place.range.split(Offset::new(done)).1;
+                }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN | Errno::OPNOTSUPP) => return Ok(None),
                 Err(error) => return Err(error.into()),
+            }
+            if place.range.is_empty() {
+                self.places.pop_front();
             }
         }
         Ok(Some(()))
@@ -284,7 +353,7 @@ impl Proof {
 }
 
 /// Ranges in order, those that touch as one.
-fn join(ranges: impl Iterator<Item = Range>) -> Vec<Range> {
+pub(crate) fn join(ranges: impl Iterator<Item = Range>) -> Vec<Range> {
     let mut joined: Vec<Range> = Vec::new();
     for range in ranges.filter(|range| !range.is_empty()) {
         let before = joined.last_mut().filter(|before| before.end() >= range.start());
@@ -311,12 +380,13 @@ fn clusters(kept: &[Range], range: Range, size: Length) -> Vec<Range> {
 mod test {
     use super::*;
     use proptest::prelude::*;
-    use stillpoint_model::Offset;
 
     fn image(length: u64) -> (tempfile::NamedTempFile, ImageFile) {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(length).unwrap();
-        let found = ImageFile::find(std::process::id(), &fs::canonicalize(file.path()).unwrap()).unwrap();
+        let found =
+            ImageFile::find(std::process::id(), &fs::canonicalize(file.path()).unwrap(), ImageFormat::Raw)
+                .unwrap();
         (file, found)
     }
 
@@ -327,7 +397,7 @@ mod test {
         let opened = found.open(Length::new(1 << 20)).unwrap();
         let opened = Arc::new(opened);
         let bytes = opened.read(Range::new(Offset::new(4096), Length::new(4)).unwrap()).await.unwrap();
-        assert_eq!(&bytes[..], b"here");
+        assert_eq!((&bytes.0[..], bytes.1), (&b"here"[..], Vec::new()));
         assert!(found.open(Length::new((1 << 20) - 512)).is_none(), "a part of the file is not the disk");
         let past_the_end = Range::new(Offset::new((1 << 20) - 1), Length::new(2)).unwrap();
         assert_eq!(opened.read(past_the_end).await.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
@@ -357,10 +427,10 @@ mod test {
     #[test]
     fn neither_directories_nor_what_is_not_there_are_images() {
         let own = std::process::id();
-        assert_eq!(ImageFile::find(own, Path::new("/tmp")), None);
-        assert_eq!(ImageFile::find(own, Path::new("/dev/null")), None);
-        assert_eq!(ImageFile::find(own, Path::new("/nonexistent/image")), None);
-        assert_eq!(ImageFile::find(own, Path::new("json:{}")), None);
+        assert_eq!(ImageFile::find(own, Path::new("/tmp"), ImageFormat::Raw), None);
+        assert_eq!(ImageFile::find(own, Path::new("/dev/null"), ImageFormat::Raw), None);
+        assert_eq!(ImageFile::find(own, Path::new("/nonexistent/image"), ImageFormat::Raw), None);
+        assert_eq!(ImageFile::find(own, Path::new("json:{}"), ImageFormat::Raw), None);
     }
 
     proptest! {

@@ -2,7 +2,7 @@
 
 use crate::{
     command,
-    direct::ImageFile,
+    direct::{ImageFile, ImageFormat},
     error::{Error, ErrorKind, Result},
     names,
     offline::OfflineDisk,
@@ -56,7 +56,7 @@ pub struct Disk {
     pub format: String,
     /// The image's file, as QEMU tells it; for flushing its caches and for messages.
     pub image: Option<PathBuf>,
-    /// The image itself, if it is the disk byte for byte and can be reached from here.
+    /// The image itself, if it can be reached from here.
     pub(crate) image_file: Option<ImageFile>,
     /// Whether the image can hold a bitmap across QEMU's end.
     pub(crate) keeps_bitmaps: bool,
@@ -317,22 +317,20 @@ impl Machine {
 }
 
 impl Machine {
-    /// Looks which disks are a file or a block device, byte for byte: a `raw` node right above a `file` or `host_device`
-    /// one, with nothing in between that could throttle, fail or change what is read.
+    /// Looks which disks are in a file or a block device: a node of a format that we read, right above a `file` or
+    /// `host_device` one, with nothing in between that could throttle, fail or change what is read.
     async fn find_image_files(&mut self, qmp: &Qmp) -> Result<()> {
         let Some(pid) = qmp.peer_pid() else { return Ok(()) };
-        if self.disks.iter().all(|disk| disk.format != "raw") {
-            return Ok(());
-        }
         let below = children(qmp).await;
         let nodes: Vec<Inserted> = ask(qmp, command::query_nodes()).await?;
-        for disk in self.disks.iter_mut().filter(|disk| disk.format == "raw") {
+        for disk in &mut self.disks {
+            let Some(format) = ImageFormat::of(&disk.format) else { continue };
             let child = below.get(disk.node.as_str());
             let named =
                 |node: &&Inserted| node.node_name.as_ref().map(NodeName::as_str) == child.map(String::as_str);
             let file = child.and_then(|_| nodes.iter().find(named));
             let file = file.filter(|node| matches!(node.drv.as_str(), "file" | "host_device"));
-            disk.image_file = file.and_then(|node| ImageFile::find(pid, node.file.as_ref()));
+            disk.image_file = file.and_then(|node| ImageFile::find(pid, node.file.as_ref(), format));
         }
         Ok(())
     }

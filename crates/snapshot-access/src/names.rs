@@ -6,6 +6,7 @@
 //!  stillpoint-junction-0  node       what the front end of disk 0 stands on while its filter is slid in below
 //!  stillpoint-access-0    node       snapshot access of disk 0
 //!  stillpoint-export-0    export     NBD export of the latter
+//!  stillpoint-flush-0     export     NBD export of the disk itself for a moment, to have it flushed
 //!  stillpoint-fd-0        fd set     (its `opaque`)
 //!  stillpoint-listener    descriptor (named by `getfd`)
 //!  stillpoint-read        bitmap     what this run reads of a disk, frozen; never stored
@@ -41,6 +42,7 @@ pub(crate) struct Names {
     pub(crate) junction: NodeName,
     pub(crate) access: NodeName,
     pub(crate) export: String,
+    pub(crate) flush: String,
     pub(crate) fd_set: String,
 }
 
@@ -53,6 +55,7 @@ impl Names {
             junction: node(JUNCTION)?,
             access: node("access")?,
             export: format!("{PREFIX}export-{disk}"),
+            flush: format!("{PREFIX}flush-{disk}"),
             fd_set: format!("{PREFIX}fd-{disk}"),
         })
     }

@@ -5,7 +5,7 @@ use crate::{
     access::{DiskPlan, ReadMode, Settings, SnapshotAccess, error_chain},
     bitmap::{Chain, ChainDisk},
     command,
-    direct::{DirectImage, Proof},
+    direct::{DirectImage, ImageFile, Proof},
     discard::DiscardPlanner,
     error::{Error, ErrorKind, Result},
     fleecing::FleecingImage,
@@ -21,7 +21,11 @@ use crate::{
     volume::{AccessVolume, Stop, reads_within},
     watch::{FleecingWatch, watch_migration},
 };
-use std::sync::{Arc, Mutex, atomic::AtomicU64};
+use std::{
+    path::Path,
+    sync::{Arc, Mutex, atomic::AtomicU64},
+    time::Duration,
+};
 use stillpoint_model::{Granularity, NodeName};
 use stillpoint_nbd::{Client, MetaContext, Options};
 use stillpoint_qmp::Qmp;
@@ -32,6 +36,9 @@ pub(crate) const FILTER_CLUSTER: Granularity = Granularity::DEFAULT;
 
 /// Requests on their way at once: enough for eight reads of 1 MiB where QEMU wants them cluster by cluster.
 const IN_FLIGHT: usize = 128;
+
+/// How long QEMU may take to flush an image; then the disk is read through QEMU.
+const FLUSH_DEADLINE: Duration = Duration::from_secs(10);
 
 /// A run on its way to the instant.
 pub(crate) struct Taking {
@@ -78,7 +85,7 @@ impl Taking {
         self.add_bitmaps(plan).await?;
         if self.off {
             self.freeze_read_bitmaps(plan).await?;
-            return Ok(Instant { time: std::time::SystemTime::now(), pause: std::time::Duration::ZERO });
+            return Ok(Instant { time: std::time::SystemTime::now(), pause: Duration::ZERO });
         }
         for (disk, taking) in plan.iter().zip(&self.disks) {
             self.steps.record(Step::Node { name: taking.names.filter.clone() })?;
@@ -416,19 +423,52 @@ impl Taking {
             }
             connections.push((data, dirty));
         }
-        Ok(Opened { connections, images: self.open_images(plan) })
+        let images = self.open_images(plan, &path).await;
+        Ok(Opened { connections, images })
     }
 
     /// Opens the images that can be read past QEMU. After the instant, so that no job of somebody else's can have put
     /// another image in the place of the one that was seen.
-    fn open_images(&self, plan: &[DiskPlan]) -> Vec<Option<Arc<DirectImage>>> {
-        let open = |(plan, disk): (&DiskPlan, &TakingDisk)| {
-            let tells = disk.image.as_ref().is_none_or(|fleecing| fleecing.tells_what_is_kept());
-            let image = plan.disk.image_file.as_ref().filter(|_| tells)?.open(plan.disk.size);
-            tracing::debug!(disk = %plan.disk.name, directly = image.is_some(), "raw image");
-            image.map(Arc::new)
-        };
-        plan.iter().zip(&self.disks).map(open).collect()
+    async fn open_images(&mut self, plan: &[DiskPlan], server: &Path) -> Vec<Option<Arc<DirectImage>>> {
+        let mut images = Vec::new();
+        for (index, plan) in plan.iter().enumerate() {
+            let fleecing = self.disks.get(index).and_then(|disk| disk.image.as_ref());
+            let tells = fleecing.is_none_or(|fleecing| fleecing.tells_what_is_kept());
+            let mut file = plan.disk.image_file.as_ref().filter(|_| tells);
+            if !self.off && file.is_some_and(ImageFile::needs_flush) {
+                let flushing = tokio::time::timeout(FLUSH_DEADLINE, self.flush(index, plan, server)).await;
+                let flushed =
+                    flushing.unwrap_or_else(|late| Err(Error::new(ErrorKind::Qmp, "flush").because(late)));
+                if let Err(error) = flushed {
+                    let error = error_chain(&error);
+                    tracing::debug!(disk = %plan.disk.name, error, "QEMU did not flush an image");
+                    file = None;
+                }
+            }
+            let image = file.and_then(|file| file.open(plan.disk.size));
+            tracing::debug!(disk = %plan.disk.name, directly = image.is_some(), "how its image is read");
+            images.push(image.map(Arc::new));
+        }
+        images
+    }
+
+    /// Has QEMU write to the image what it knows of it, and say so. Only NBD's flush both tells of a failure and leaves the
+    /// guest's requests alone meanwhile.
+    async fn flush(&mut self, index: usize, plan: &DiskPlan, server: &Path) -> Result<()> {
+        let names = self.disks.get(index).map(|disk| disk.names.clone());
+        let id = names
+            .map(|names| names.flush)
+            .ok_or_else(|| Error::new(ErrorKind::Inconsistent, "no such disk"))?;
+        self.steps.record(Step::Export { id: id.clone() })?;
+        self.execute("export an image", command::add_export(&id, &plan.disk.node, None, false)).await?;
+        let failed = |error| Error::new(ErrorKind::Read, "flush an image").because(error);
+        let client = Client::connect_unix(server, Options::new(&id)).await.map_err(failed)?;
+        if !client.flags().can_flush() {
+            return Err(Error::new(ErrorKind::Read, "the export takes no flush"));
+        }
+        client.flush().await.map_err(failed)?;
+        client.disconnect().await.map_err(failed)?;
+        Step::Export { id }.undo(&self.qmp).await
     }
 
     pub(crate) fn hold(

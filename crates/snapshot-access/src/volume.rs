@@ -1,7 +1,7 @@
 //! One disk at its point, as a provider reads it.
 
 use crate::{
-    direct::{DirectImage, Proof, Proven},
+    direct::{DirectImage, Proof, Proven, join},
     discard::DiscardPlanner,
     fleecing::FleecingImage,
 };
@@ -171,8 +171,8 @@ impl AccessVolume {
 
     /// Reads the image itself, and what was kept aside through QEMU. Whatever is in the way of that, QEMU may not mind.
     async fn read_image(&self, image: &Arc<DirectImage>, range: Range) -> Result<Bytes> {
-        let mut bytes = match self.unless_stopped(image.read(range)).await? {
-            Ok(bytes) => bytes,
+        let (mut bytes, elsewhere) = match self.unless_stopped(image.read(range)).await? {
+            Ok(read) => read,
             Err(error) => {
                 tracing::debug!(disk = %self.name, %range, %error, "an image was not read directly");
                 return self.read_export(range).await;
@@ -185,6 +185,9 @@ impl AccessVolume {
         };
         match proven {
             Proven::But(kept) => {
+                let mut kept = [kept, elsewhere].concat();
+                kept.sort_by_key(|part| part.start());
+                let kept = join(kept.into_iter());
                 let through: Length = kept.iter().map(|part| part.length()).sum();
                 self.past_qemu
                     .fetch_add(range.length().get().saturating_sub(through.get()), Ordering::Relaxed);

@@ -1,5 +1,5 @@
 use super::*;
-use crate::direct::ImageFile;
+use crate::direct::{ImageFile, ImageFormat};
 use rustix::{
     fs::{FallocateFlags, fallocate},
     io::pwrite,
@@ -91,7 +91,8 @@ async fn scene() -> Option<Scene> {
     let options = Options::new("disk").context(MetaContext::base_allocation());
     let data = Client::from_stream(ours, options).await.unwrap();
     let (stop, stopped) = watch::channel(None);
-    let opened = ImageFile::find(std::process::id(), image.path()).unwrap().open(size).unwrap();
+    let opened =
+        ImageFile::find(std::process::id(), image.path(), ImageFormat::Raw).unwrap().open(size).unwrap();
     let volume = AccessVolume {
         name: "vda".parse().unwrap(),
         size,
