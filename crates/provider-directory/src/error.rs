@@ -53,14 +53,10 @@ pub(crate) fn in_one_line(error: &Error) -> String {
     line
 }
 
-/// Runs blocking work on a thread made for it. A panic there is a fault of ours or of a library that met a damaged
-/// image; either way it ends this call and not the process.
+/// Runs blocking work on a thread made for it. A panic there is a fault of ours or of a library that met damage; either way it
+/// ends this call and not the process.
 pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(join) if join.is_cancelled() => Err(Error::new(ErrorKind::Cancelled, "the run is ending")),
-        Err(join) => Err(damaged("an image made its reader fail").because(join)),
-    }
+    stillpoint_provider::blocking(work, "an image made its reader fail").await
 }

@@ -50,13 +50,10 @@ fn first_line(text: &str) -> String {
     lines.next().unwrap_or("unknown").chars().take(300).collect()
 }
 
-/// Runs blocking work on a thread made for it. A panic there ends this call and not the process.
+/// Runs blocking work on a thread made for it. A panic there is a fault of ours or of a library that met damage; either way it
+/// ends this call and not the process.
 pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(join) if join.is_cancelled() => Err(Error::new(ErrorKind::Cancelled, "the run is ending")),
-        Err(join) => Err(damaged("a library failed on what the repository holds").because(join)),
-    }
+    stillpoint_provider::blocking(work, "a library failed on what the repository holds").await
 }

@@ -31,6 +31,7 @@ mod error;
 mod record;
 mod restore;
 mod volume;
+mod work;
 
 pub use backup::{
     Backup, ConfigFile, ConfigRole, DiskOffer, Incremental, OfferedBitmap, Provider, Volume, VolumeReport,
@@ -39,3 +40,4 @@ pub use error::{Error, ErrorKind, Result};
 pub use record::{BitmapMode, Consistency, DiskRecord, PointRecord, PointSummary};
 pub use restore::{Depth, Finding, Progress, Restore, VerifyReport};
 pub use volume::VolumeSource;
+pub use work::blocking;

@@ -178,3 +178,7 @@ fn read(file: &File, at: u64, length: usize) -> io::Result<Vec<u8>> {
     }
     Ok(bytes.get(before..wanted).unwrap_or_default().to_vec())
 }
+
+#[cfg(test)]
+#[allow(clippy::indexing_slicing, reason = "a panic is a failed test")]
+mod test;
