@@ -64,9 +64,16 @@ impl ServedVolume {
     /// # Errors
     /// As [`VolumeSource::read`].
     pub(crate) async fn read(&self, range: Range) -> Result<Bytes> {
-        let read = self.fetch(range).await?;
-        self.was_read(range);
-        Ok(read)
+        let read = self.fetch(range).await;
+        match &read {
+            Ok(_) => self.was_read(range),
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => {
+                let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+                failure.get_or_insert_with(|| (error.kind(), crate::rpc::chain(error)));
+            }
+        }
+        read
     }
 
     /// The program has got these bytes.
@@ -75,7 +82,8 @@ impl ServedVolume {
         self.lock_read().insert(range);
     }
 
-    /// Reads what the program may ask for next: see [`Self::was_read`].
+    /// Reads what the program may ask for next, or may give back without asking for it: an error is nobody's yet, and nothing was
+    /// read by the program. See [`Self::was_read`].
     ///
     /// # Errors
     /// As [`VolumeSource::read`].
@@ -103,10 +111,6 @@ impl ServedVolume {
         }
         let read = self.source.read(range).await;
         self.activity.seen();
-        if let Err(error) = &read {
-            let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
-            failure.get_or_insert_with(|| (error.kind(), crate::rpc::chain(error)));
-        }
         read
     }
 

@@ -42,6 +42,8 @@ use tokio::sync::oneshot;
 const READ_DEADLINE: Duration = Duration::from_secs(30);
 /// The same for what the fleecing image has, which the kernel knows without reading anything.
 const KEPT_DEADLINE: Duration = Duration::from_secs(2);
+/// The same for finding and opening an image: any of the files that QEMU has open may be on storage that hangs.
+const OPEN_DEADLINE: Duration = Duration::from_secs(5);
 
 /// The file or block device that holds a disk, and that QEMU has open.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -92,11 +94,11 @@ impl Identity {
 }
 
 impl ImageFile {
-    /// What `path` means to the process `qemu`; `None` if it cannot be seen from here.
-    pub(crate) fn find(qemu: u32, path: &Path, format: ImageFormat) -> Option<Self> {
+    /// What `path` means to the process `qemu`; `None` if it cannot be seen from here, or not in time.
+    pub(crate) async fn find(qemu: u32, path: &Path, format: ImageFormat) -> Option<Self> {
         // An absolute link is followed from our root, not from that process's; then no descriptor of it fits.
-        let below = path.strip_prefix("/").ok()?;
-        let metadata = fs::metadata(PathBuf::from(format!("/proc/{qemu}/root")).join(below)).ok()?;
+        let path = PathBuf::from(format!("/proc/{qemu}/root")).join(path.strip_prefix("/").ok()?);
+        let metadata = in_time(OPEN_DEADLINE, move || fs::metadata(path)).await.ok()?;
         Some(Self { qemu, format, identity: Identity::of(&metadata)? })
     }
 
@@ -106,8 +108,13 @@ impl ImageFile {
     }
 
     /// Opens it by QEMU's own descriptor, so that nothing is ever read that QEMU has not open for this disk's `size`, and
-    /// past the page cache if QEMU goes past it. `None` if QEMU has it open no more, or if anything does not fit.
-    pub(crate) fn open(&self, size: Length) -> Option<DirectImage> {
+    /// past the page cache if QEMU goes past it. `None` if QEMU has it open no more, if anything does not fit, or not in time.
+    pub(crate) async fn open(&self, size: Length) -> Option<DirectImage> {
+        let file = self.clone();
+        in_time(OPEN_DEADLINE, move || Ok(file.open_now(size))).await.ok()?
+    }
+
+    fn open_now(&self, size: Length) -> Option<DirectImage> {
         let directory = format!("/proc/{}/fd", self.qemu);
         let mut found: Option<(PathBuf, bool)> = None;
         for entry in fs::read_dir(directory).ok()? {
@@ -138,12 +145,12 @@ impl ImageFile {
         }
         if self.format == ImageFormat::Qcow2 {
             let tables = Tables::open(&file, size)?;
-            return Some(DirectImage { file, tables: Some(tables) });
+            return Some(DirectImage { file, past_cache, tables: Some(tables) });
         }
         let has = Length::new(rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).ok()?);
         // QEMU counts in sectors. A `raw` node with an offset or a size of its own shows less than the file has.
         let whole = has.get().checked_next_multiple_of(512) == Some(size.get());
-        whole.then_some(DirectImage { file, tables: None })
+        whole.then_some(DirectImage { file, past_cache, tables: None })
     }
 
     fn flags(&self, path: &Path) -> Option<OFlags> {
@@ -158,6 +165,8 @@ impl ImageFile {
 #[derive(Debug)]
 pub(crate) struct DirectImage {
     file: File,
+    /// Whether reading it goes past the page cache.
+    past_cache: bool,
     /// Where it has what, if it is not the disk byte for byte.
     tables: Option<Tables>,
 }
@@ -178,32 +187,37 @@ impl DirectImage {
                         Some(tables) => tables.places(Some(&image.file), range),
                         None => Ok(Vec::new()),
                     };
-                    in_time(look).await?
+                    in_time(READ_DEADLINE, look).await?
                 }
                 places => places?,
             },
         };
         let elsewhere = qcow2::elsewhere(range, &places);
         let mut reading = Reading::of(range, places)?;
-        // What is in the page cache costs less than a thread to wait for it.
-        if let Some(()) = reading
-            .go_on(|rest, at| preadv2(&self.file, &mut [IoSliceMut::new(rest)], at, ReadWriteFlags::NOWAIT))?
-        {
+        // What is in the page cache costs less than a thread to wait for it. Past the page cache the kernel would wait for the
+        // storage all the same.
+        let at_hand = |rest: &mut [u8], at| {
+            preadv2(&self.file, &mut [IoSliceMut::new(rest)], at, ReadWriteFlags::NOWAIT)
+        };
+        if !self.past_cache && reading.go_on(at_hand)? {
             return Ok((reading.bytes, elsewhere));
         }
         let image = Arc::clone(self);
         let wait = move || {
-            reading.go_on(|rest, at| pread(&image.file, rest, at))?;
-            Ok(reading.bytes)
+            let whole = reading.go_on(|rest, at| pread(&image.file, rest, at))?;
+            // A buffer that is not full holds what an earlier read left there.
+            if whole { Ok(reading.bytes) } else { Err(io::ErrorKind::WouldBlock.into()) }
         };
-        Ok((in_time(wait).await?, elsewhere))
+        Ok((in_time(READ_DEADLINE, wait).await?, elsewhere))
     }
 }
 
-/// Waits for `read` in a thread that may be given up, as long as storage hangs.
-async fn in_time<T: Send + 'static>(read: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
-    let reading = tokio::task::spawn_blocking(read);
-    tokio::time::timeout(READ_DEADLINE, reading).await?.map_err(io::Error::other)?
+/// Waits for `work` in a thread that is given up if storage hangs.
+async fn in_time<T: Send + 'static>(
+    limit: Duration,
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    tokio::time::timeout(limit, tokio::task::spawn_blocking(work)).await?.map_err(io::Error::other)?
 }
 
 /// A read on its way.
@@ -220,11 +234,9 @@ impl Reading {
         Ok(Self { range, bytes: buffer::initialized(length), places: places.into() })
     }
 
-    /// Reads the rest with `read`, which gets what is to be filled and its place in the image. `None` if it would have to wait.
-    fn go_on(
-        &mut self,
-        read: impl Fn(&mut [u8], u64) -> rustix::io::Result<usize>,
-    ) -> io::Result<Option<()>> {
+    /// Reads the rest with `read`, which gets what is to be filled and its place in the image. `false` if it would have to wait,
+    /// so that something is still missing.
+    fn go_on(&mut self, read: impl Fn(&mut [u8], u64) -> rustix::io::Result<usize>) -> io::Result<bool> {
         while let Some(place) = self.places.front_mut() {
             let from = place.range.start().get().saturating_sub(self.range.start().get());
             let until = from.saturating_add(place.range.length().get());
@@ -238,14 +250,14 @@ impl Reading {
                     place.range = place.range.split(Offset::new(done)).1;
                 }
                 Err(Errno::INTR) => {}
-                Err(Errno::AGAIN | Errno::OPNOTSUPP) => return Ok(None),
+                Err(Errno::AGAIN | Errno::OPNOTSUPP) => return Ok(false),
                 Err(error) => return Err(error.into()),
             }
             if place.range.is_empty() {
                 self.places.pop_front();
             }
         }
-        Ok(Some(()))
+        Ok(true)
     }
 }
 
@@ -381,56 +393,78 @@ mod test {
     use super::*;
     use proptest::prelude::*;
 
-    fn image(length: u64) -> (tempfile::NamedTempFile, ImageFile) {
+    async fn image(length: u64) -> (tempfile::NamedTempFile, ImageFile) {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(length).unwrap();
         let found =
             ImageFile::find(std::process::id(), &fs::canonicalize(file.path()).unwrap(), ImageFormat::Raw)
+                .await
                 .unwrap();
         (file, found)
     }
 
     #[tokio::test]
     async fn only_what_the_process_has_open_and_what_is_the_whole_disk_is_read() {
-        let (file, found) = image(1 << 20);
+        let (file, found) = image(1 << 20).await;
         rustix::io::pwrite(&file, b"here", 4096).unwrap();
-        let opened = found.open(Length::new(1 << 20)).unwrap();
+        let opened = found.open(Length::new(1 << 20)).await.unwrap();
         let opened = Arc::new(opened);
         let bytes = opened.read(Range::new(Offset::new(4096), Length::new(4)).unwrap()).await.unwrap();
         assert_eq!((&bytes.0[..], bytes.1), (&b"here"[..], Vec::new()));
-        assert!(found.open(Length::new((1 << 20) - 512)).is_none(), "a part of the file is not the disk");
+        assert!(
+            found.open(Length::new((1 << 20) - 512)).await.is_none(),
+            "a part of the file is not the disk"
+        );
         let past_the_end = Range::new(Offset::new((1 << 20) - 1), Length::new(2)).unwrap();
         assert_eq!(opened.read(past_the_end).await.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
         drop(opened);
         let path = file.into_temp_path();
-        assert!(found.open(Length::new(1 << 20)).is_none(), "it is closed");
+        assert!(found.open(Length::new(1 << 20)).await.is_none(), "it is closed");
         drop(path);
     }
 
-    #[test]
-    fn a_size_that_is_no_multiple_of_a_sector_is_rounded_as_qemu_does() {
-        let (_file, found) = image(1000);
-        assert!(found.open(Length::new(1024)).is_some());
-        assert!(found.open(Length::new(1000)).is_none());
+    #[tokio::test]
+    async fn a_size_that_is_no_multiple_of_a_sector_is_rounded_as_qemu_does() {
+        let (_file, found) = image(1000).await;
+        assert!(found.open(Length::new(1024)).await.is_some());
+        assert!(found.open(Length::new(1000)).await.is_none());
     }
 
-    #[test]
-    fn what_is_open_past_the_page_cache_and_through_it_is_left_to_qemu() {
-        let (file, found) = image(1 << 20);
+    #[tokio::test]
+    async fn what_is_open_past_the_page_cache_and_through_it_is_left_to_qemu() {
+        let (file, found) = image(1 << 20).await;
         let past = open(file.path(), OFlags::RDWR | OFlags::DIRECT, Mode::empty());
         let Ok(past) = past else { return };
-        assert!(found.open(Length::new(1 << 20)).is_none());
+        assert!(found.open(Length::new(1 << 20)).await.is_none());
         drop(past);
-        assert!(found.open(Length::new(1 << 20)).is_some());
+        assert!(found.open(Length::new(1 << 20)).await.is_some());
+    }
+
+    #[tokio::test]
+    async fn neither_directories_nor_what_is_not_there_are_images() {
+        let own = std::process::id();
+        assert_eq!(ImageFile::find(own, Path::new("/tmp"), ImageFormat::Raw).await, None);
+        assert_eq!(ImageFile::find(own, Path::new("/dev/null"), ImageFormat::Raw).await, None);
+        assert_eq!(ImageFile::find(own, Path::new("/nonexistent/image"), ImageFormat::Raw).await, None);
+        assert_eq!(ImageFile::find(own, Path::new("json:{}"), ImageFormat::Raw).await, None);
     }
 
     #[test]
-    fn neither_directories_nor_what_is_not_there_are_images() {
-        let own = std::process::id();
-        assert_eq!(ImageFile::find(own, Path::new("/tmp"), ImageFormat::Raw), None);
-        assert_eq!(ImageFile::find(own, Path::new("/dev/null"), ImageFormat::Raw), None);
-        assert_eq!(ImageFile::find(own, Path::new("/nonexistent/image"), ImageFormat::Raw), None);
-        assert_eq!(ImageFile::find(own, Path::new("json:{}"), ImageFormat::Raw), None);
+    fn a_read_that_would_have_to_wait_is_not_taken_for_whole() {
+        let range = Range::new(Offset::new(512), Length::new(8)).unwrap();
+        let mut reading = Reading::of(range, vec![Place { range, at: 4096 }]).unwrap();
+        let asked = std::cell::Cell::new(0);
+        let half = |rest: &mut [u8], at: u64| {
+            asked.set(asked.get() + 1);
+            assert_eq!(
+                (rest.len(), at),
+                (if asked.get() == 1 { 8 } else { 3 }, if asked.get() == 1 { 4096 } else { 4101 })
+            );
+            if asked.get() == 1 { Ok(5) } else { Err(Errno::AGAIN) }
+        };
+        assert!(!reading.go_on(half).unwrap());
+        assert!(reading.go_on(|rest, at| Ok(if at == 4101 { rest.len() } else { 0 })).unwrap());
+        assert!(reading.go_on(|_, _| panic!("it is whole")).unwrap());
     }
 
     proptest! {

@@ -330,7 +330,10 @@ impl Machine {
                 |node: &&Inserted| node.node_name.as_ref().map(NodeName::as_str) == child.map(String::as_str);
             let file = child.and_then(|_| nodes.iter().find(named));
             let file = file.filter(|node| matches!(node.drv.as_str(), "file" | "host_device"));
-            disk.image_file = file.and_then(|node| ImageFile::find(pid, node.file.as_ref(), format));
+            disk.image_file = match file {
+                Some(node) => ImageFile::find(pid, node.file.as_ref(), format).await,
+                None => None,
+            };
         }
         Ok(())
     }

@@ -445,7 +445,10 @@ impl Taking {
                     file = None;
                 }
             }
-            let image = file.and_then(|file| file.open(plan.disk.size));
+            let image = match file {
+                Some(file) => file.open(plan.disk.size).await,
+                None => None,
+            };
             tracing::debug!(disk = %plan.disk.name, directly = image.is_some(), "how its image is read");
             images.push(image.map(Arc::new));
         }

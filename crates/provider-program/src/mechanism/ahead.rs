@@ -103,3 +103,112 @@ fn part(bytes: &Bytes, range: Range, wanted: Range) -> Option<Bytes> {
     let end = start.checked_add(usize::try_from(wanted.length().get()).ok()?)?;
     (end <= bytes.len()).then(|| bytes.slice(start..end))
 }
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use crate::rpc::Activity;
+    use async_trait::async_trait;
+    use stillpoint_model::Extent;
+    use stillpoint_provider::{BitmapMode, Error, ErrorKind, Volume, VolumeSource};
+
+    const MIB: u64 = 1 << 20;
+
+    fn range(start: u64, end: u64) -> Range {
+        Range::between(Offset::new(start), Offset::new(end)).unwrap()
+    }
+
+    fn byte(at: u64) -> u8 {
+        u8::try_from(at / 512 % 251).unwrap()
+    }
+
+    /// Data up to 3.5 MiB, a clean part up to 4 MiB, then data to the end at 5 MiB, the last half MiB of which cannot be read.
+    struct Disk(Mutex<Vec<Range>>);
+
+    #[async_trait]
+    impl VolumeSource for Disk {
+        fn size(&self) -> Length {
+            Length::new(5 * MIB)
+        }
+
+        async fn regions(&self, from: Offset) -> Result<Vec<Extent>> {
+            let parts = [
+                (range(0, 7 * MIB / 2), ExtentKind::Data),
+                (range(7 * MIB / 2, 4 * MIB), ExtentKind::Clean),
+                (range(4 * MIB, 5 * MIB), ExtentKind::Data),
+            ];
+            let rest = |(range, kind): (Range, _)| Extent { range: range.split(from).1, kind };
+            Ok(parts.map(rest).into_iter().filter(|extent| !extent.range.is_empty()).collect())
+        }
+
+        async fn read(&self, range: Range) -> Result<Bytes> {
+            self.0.lock().unwrap().push(range);
+            if range.end().get() > 9 * MIB / 2 {
+                return Err(Error::new(ErrorKind::Source, "as a test"));
+            }
+            Ok((range.start().get()..range.end().get()).map(byte).collect())
+        }
+
+        async fn release(&self, _range: Range) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    async fn ahead() -> (ReadAhead, Arc<Disk>) {
+        let disk = Arc::new(Disk(Mutex::default()));
+        let volume = Volume {
+            name: "vda".parse().unwrap(),
+            bitmap_mode: BitmapMode::Reuse,
+            base: None,
+            source: Arc::clone(&disk) as Arc<dyn VolumeSource>,
+        };
+        let volume = ServedVolume::new(&volume, None, Activity::new()).await.unwrap();
+        (ReadAhead::new(Arc::new(volume)), disk)
+    }
+
+    async fn right(ahead: &ReadAhead, piece: Range) {
+        let bytes = ahead.read(piece).await.unwrap();
+        assert!(bytes.iter().copied().eq((piece.start().get()..piece.end().get()).map(byte)), "{piece}");
+    }
+
+    #[tokio::test]
+    async fn small_pieces_in_order_are_right_and_cost_few_reads_and_none_of_what_is_clean() {
+        let (ahead, disk) = ahead().await;
+        // 60 KiB: pieces that reach from one block into the next are among them.
+        for piece in range(0, 7 * MIB / 2).chunks(Length::new(60 << 10)) {
+            right(&ahead, piece).await;
+        }
+        let reads = disk.0.lock().unwrap().clone();
+        assert!(reads.len() <= 12, "{} reads for 60 pieces", reads.len());
+        assert!(reads.iter().all(|read| read.end().get() <= 7 * MIB / 2), "{reads:?}");
+        assert_eq!(ahead.read(range(7 * MIB / 2, 4 * MIB)).await.unwrap_err().kind(), ErrorKind::NotFound);
+    }
+
+    #[tokio::test]
+    async fn what_is_asked_for_here_and_there_is_read_as_it_is_asked_for() {
+        let (ahead, disk) = ahead().await;
+        let pieces = [(2 * MIB, 4096), (MIB, 512), (5 * 512, 1000), (MIB + 100, 77)];
+        for (start, length) in pieces {
+            right(&ahead, range(start, start + length)).await;
+        }
+        let asked: Vec<_> = pieces.map(|(start, length)| range(start, start + length)).into();
+        assert_eq!(*disk.0.lock().unwrap(), asked);
+    }
+
+    #[tokio::test]
+    async fn what_was_read_ahead_is_not_taken_for_read_nor_its_error_for_the_disks() {
+        let (ahead, _disk) = ahead().await;
+        right(&ahead, range(0, 4096)).await;
+        // The first block is there and the second on its way, and the program has 4 KiB.
+        assert!(ahead.volume().prove_read().is_err());
+        for start in (0..7 * MIB / 2).step_by(65_536) {
+            right(&ahead, range(start, start + 65_536)).await;
+        }
+        right(&ahead, range(4 * MIB, 4 * MIB + 512)).await;
+        right(&ahead, range(4 * MIB + 512, 4 * MIB + 1024)).await;
+        assert!(ahead.volume().failure().is_none(), "the program never asked for what cannot be read");
+        let error = ahead.read(range(5 * MIB - 512, 5 * MIB)).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Source);
+        assert!(ahead.volume().failure().is_some());
+    }
+}

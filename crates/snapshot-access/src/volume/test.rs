@@ -91,8 +91,8 @@ async fn scene() -> Option<Scene> {
     let options = Options::new("disk").context(MetaContext::base_allocation());
     let data = Client::from_stream(ours, options).await.unwrap();
     let (stop, stopped) = watch::channel(None);
-    let opened =
-        ImageFile::find(std::process::id(), image.path(), ImageFormat::Raw).unwrap().open(size).unwrap();
+    let found = ImageFile::find(std::process::id(), image.path(), ImageFormat::Raw).await.unwrap();
+    let opened = found.open(size).await.unwrap();
     let volume = AccessVolume {
         name: "vda".parse().unwrap(),
         size,
