@@ -200,7 +200,8 @@ mod test {
         let (ahead, _disk) = ahead().await;
         right(&ahead, range(0, 4096)).await;
         // The first block is there and the second on its way, and the program has 4 KiB.
-        assert!(ahead.volume().prove_read().is_err());
+        let missing = ahead.volume().prove_read().unwrap_err().to_string();
+        assert!(missing.ends_with("has not read what is at 4096"), "{missing}");
         for start in (0..7 * MIB / 2).step_by(65_536) {
             right(&ahead, range(start, start + 65_536)).await;
         }
