@@ -26,7 +26,7 @@ const CLEANUP: Duration = Duration::from_secs(4);
 /// Chunk size of a disk that has an earlier point, so that its chunks go on matching.
 #[derive(Clone)]
 struct EarlierDisk {
-    content: Vec<Id>,
+    content: Arc<[Id]>,
     size: Length,
     chunk: Granularity,
 }
@@ -250,7 +250,7 @@ fn earlier_disks(
         let whole =
             node.size == record.size.get() && content.len() as u64 == node.size.div_ceil(chunk.max(1));
         let chunk = Granularity::try_from(chunk).ok().filter(|_| whole).ok_or_else(missing)?;
-        disks.insert(record.name.clone(), EarlierDisk { content, size: record.size, chunk });
+        disks.insert(record.name.clone(), EarlierDisk { content: content.into(), size: record.size, chunk });
     }
     Ok(disks)
 }

@@ -6,7 +6,7 @@ use stillpoint_model::{Granularity, Length};
 const SMALLEST: u64 = 1 << 20;
 const LARGEST: u64 = 4 << 20;
 /// A disk has at most so many chunks as long as [`LARGEST`] allows it: each costs some 67 bytes of metadata a point.
-const MOST: u64 = 128 << 10;
+const MOST: u64 = 256 << 10;
 
 /// The chunk size of a disk of this size, which is also the granularity that its bitmap ought to have.
 pub(crate) fn size_for(disk: Length) -> Granularity {
@@ -24,6 +24,6 @@ mod test {
     #[test]
     fn chunks_grow_with_the_disk() {
         let of = |gib: u64| size_for(Length::new(gib << 30)).get() >> 20;
-        assert_eq!([0, 1, 16, 128, 129, 256, 512, 1024, 16384].map(of), [1, 1, 1, 1, 2, 2, 4, 4, 4]);
+        assert_eq!([0, 1, 16, 256, 257, 512, 513, 1024, 16384].map(of), [1, 1, 1, 1, 2, 2, 4, 4, 4]);
     }
 }

@@ -27,19 +27,24 @@ const IN_FLIGHT: u64 = 24 << 20;
 /// Most bytes of one read, as the contract says.
 const MOST: Length = Length::new(32 << 20);
 
+/// Chunks that are ready to be worked on while each core has one: a core that waited for the next one to be handed over
+/// was idle for a sixth of its time. More than this only get in each other's way.
+const READY: usize = 2;
+
 /// What all disks of a run share.
 pub(crate) struct Workshop {
     key: Key,
     compress: bool,
     known: Mutex<Known>,
-    /// A permit a core: more threads would only get in each other's way.
-    cores: Semaphore,
+    /// A permit a core, and [`READY`] more.
+    threads: Semaphore,
 }
 
 impl Workshop {
     pub(crate) fn new(key: Key, compress: bool, known: Known) -> Self {
         let cores = std::thread::available_parallelism().map_or(2, usize::from);
-        Self { key, compress, known: Mutex::new(known), cores: Semaphore::new(cores) }
+        let threads = Semaphore::new(cores.saturating_add(READY));
+        Self { key, compress, known: Mutex::new(known), threads }
     }
 
     /// The id of `content`, and the sealed blob if it is for us to store.
@@ -85,7 +90,7 @@ fn compressed(key: &Key, content: &[u8]) -> Result<SealedBlob> {
 
 /// What a parent point knows of a disk.
 pub(crate) struct Parent {
-    pub content: Vec<Id>,
+    pub content: Arc<[Id]>,
 }
 
 /// A disk to store.
@@ -114,8 +119,11 @@ struct Cutter {
 }
 
 impl Cutter {
-    /// The next chunk and what to do about it; `None` at the end of the disk.
+    /// The next chunk and what to do about it, or many at once of which nothing is read; `None` at the end of the disk.
     async fn next(&mut self) -> Result<Option<(Range, Step)>> {
+        if let Some(run) = self.run() {
+            return Ok(Some(run));
+        }
         let end = self.source.size().get();
         let length = self.chunk.get().min(end.saturating_sub(self.at.get()));
         let Some(chunk) = Range::new(self.at, Length::new(length)).ok().filter(|chunk| !chunk.is_empty())
@@ -160,6 +168,29 @@ impl Cutter {
                 Step::Read(read)
             },
         )))
+    }
+
+    /// The whole chunks that lie in the region that is next, if nothing of it is read: a large disk has hundreds of
+    /// thousands of them.
+    fn run(&mut self) -> Option<(Range, Step)> {
+        let region = self.regions.front()?;
+        let step = match region.kind {
+            ExtentKind::Clean => Step::Clean,
+            ExtentKind::Zero => Step::Zero,
+            ExtentKind::Data => return None,
+        };
+        let chunk = self.chunk.get().max(1);
+        let left = region.range.end().get().checked_sub(self.at.get())?;
+        let whole = Length::new(left / chunk * chunk);
+        let run = Range::new(self.at, whole).ok().filter(|run| !run.is_empty())?;
+        if region.range.start() > self.at {
+            return None;
+        }
+        if left == whole.get() {
+            self.regions.pop_front();
+        }
+        self.at = run.end();
+        Some((run, step))
     }
 
     async fn fetch(&mut self) -> Result<()> {
@@ -238,7 +269,7 @@ pub(crate) async fn store(task: DiskTask, workshop: &Arc<Workshop>, saver: &mut 
                 Step::Zero => return Ok((range, Made::Zero)),
             };
             let bytes = read(source.as_ref(), range, &parts).await?;
-            let _core = workshop.cores.acquire().await;
+            let _thread = workshop.threads.acquire().await;
             let shop = Arc::clone(&workshop);
             let made = blocking(move || {
                 if stillpoint_image::is_zero(&bytes) {
@@ -254,22 +285,27 @@ pub(crate) async fn store(task: DiskTask, workshop: &Arc<Workshop>, saver: &mut 
     let mut work = std::pin::pin!(work.buffered(in_flight));
     while let Some(made) = work.next().await {
         let (range, made) = made?;
-        let id = match made {
+        let first = content.len();
+        let count = usize::try_from(range.length().get().div_ceil(chunk.get().max(1))).unwrap_or(usize::MAX);
+        match made {
             Made::Chunk(id, sealed) => {
                 if let Some(sealed) = sealed {
                     saver.add(BlobKind::Data, id, sealed).await?;
                 }
-                id
+                content.push(id);
             }
-            Made::Zero => zeroes.id(range.length().get(), saver).await?,
+            Made::Zero => {
+                let id = zeroes.id(range.length().min(chunk).get(), saver).await?;
+                content.extend(std::iter::repeat_n(id, count));
+            }
             Made::Clean => {
-                let id = task.parent.as_ref().and_then(|parent| parent.content.get(content.len()));
-                *id.ok_or_else(|| {
+                let parent = task.parent.as_ref();
+                let ids = parent.and_then(|parent| parent.content.get(first..first.saturating_add(count)));
+                content.extend_from_slice(ids.ok_or_else(|| {
                     Error::new(ErrorKind::Source, "the map has clean parts, but there is no parent")
-                })?
+                })?);
             }
-        };
-        content.push(id);
+        }
     }
     Ok(content)
 }
