@@ -41,7 +41,7 @@ pub enum Fault {
     ErrorEvery(u64),
     /// Every request is.
     ErrorAlways,
-    /// Each so many-th connection is cut after 200 KiB came in.
+    /// Each so many-th connection on which 200 KiB came in is cut then.
     CutEvery(u64),
     /// Every request waits first.
     Slow(Duration),
@@ -52,7 +52,8 @@ pub enum Fault {
 struct Shared {
     fault: Mutex<Fault>,
     requests: AtomicU64,
-    connections: AtomicU64,
+    /// Connections that something large came in on, as long as some of them are cut.
+    large: AtomicU64,
     faults: AtomicU64,
 }
 
@@ -87,15 +88,14 @@ impl ObjectStore {
         let shared = Arc::new(Shared {
             fault: Mutex::new(Fault::None),
             requests: AtomicU64::new(0),
-            connections: AtomicU64::new(0),
+            large: AtomicU64::new(0),
             faults: AtomicU64::new(0),
         });
         let (own, root) = (Arc::clone(&shared), directory.to_owned());
         runtime.spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
                 let (service, shared, root) = (service.clone(), Arc::clone(&own), root.clone());
-                let number = shared.connections.fetch_add(1, Ordering::Relaxed);
-                let stream = Stream { stream, shared: Arc::clone(&shared), number, received: 0 };
+                let stream = Stream { stream, shared: Arc::clone(&shared), number: None, received: 0 };
                 tokio::spawn(async move {
                     let answer = service_fn(move |request: Request<Incoming>| {
                         let (service, shared) = (service.clone(), Arc::clone(&shared));
@@ -163,7 +163,8 @@ impl Drop for ObjectStore {
 struct Stream {
     stream: TcpStream,
     shared: Arc<Shared>,
-    number: u64,
+    /// Which it is of those that something large came in on.
+    number: Option<u64>,
     received: usize,
 }
 
@@ -177,8 +178,13 @@ impl AsyncRead for Stream {
         let polled = Pin::new(&mut self.stream).poll_read(context, buffer);
         self.received = self.received.saturating_add(buffer.filled().len().saturating_sub(before));
         if let Fault::CutEvery(each) = self.shared.fault()
-            && self.number.is_multiple_of(each)
             && self.received > 200 << 10
+            && {
+                let next = || self.shared.large.fetch_add(1, Ordering::Relaxed);
+                let number = self.number.unwrap_or_else(next);
+                self.number = Some(number);
+                number.is_multiple_of(each)
+            }
         {
             self.shared.faults.fetch_add(1, Ordering::Relaxed);
             return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
