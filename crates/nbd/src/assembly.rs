@@ -1,11 +1,11 @@
 //! A request's answer while its pieces arrive.
 
 use crate::{
-    buffer,
     context::Descriptor,
     error::{Error, Result},
 };
 use bytes::BytesMut;
+use stillpoint_buffer as buffer;
 use stillpoint_model::Range;
 
 /// How many separate stretches a read's pieces may form at a time. Servers send in order or nearly so; without a

@@ -2,7 +2,6 @@
 
 use crate::{
     assembly::{Assembly, ReadAssembly},
-    buffer,
     context::{MetaContext, Status, missing},
     error::{Error, ErrorKind, Result},
     handshake::{Negotiated, negotiate},
@@ -13,6 +12,7 @@ use crate::{
 };
 use bytes::Bytes;
 use std::{io, path::Path, sync::Arc, time::Duration};
+use stillpoint_buffer as buffer;
 use stillpoint_model::{Length, Offset, Range};
 use tokio::{
     io::BufReader,

@@ -37,7 +37,6 @@
 //! ```
 
 mod assembly;
-pub mod buffer;
 mod client;
 mod context;
 mod error;

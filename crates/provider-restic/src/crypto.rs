@@ -5,6 +5,9 @@ use aes256ctr_poly1305aes::{
     Aes256CtrPoly1305Aes, Key as RawKey, Nonce, Tag,
     aead::{AeadInPlace as _, generic_array::GenericArray},
 };
+use bytes::{Bytes, BytesMut};
+use std::cell::RefCell;
+use stillpoint_buffer as buffer;
 use stillpoint_provider::{Error, ErrorKind, Result};
 
 /// Bytes that encryption adds: a nonce in front and an authentication code behind.
@@ -28,40 +31,51 @@ impl Key {
         Ok(Self(GenericArray::from(whole)))
     }
 
-    /// Encrypts what stands in `buffer` after its first 16 bytes, which become the nonce.
-    fn seal(&self, buffer: &mut Vec<u8>) -> Result<()> {
+    /// Encrypts what stands between the first 16 bytes of `sealed`, which become the nonce, and the last 16, which become
+    /// the authentication code.
+    fn seal(&self, sealed: &mut [u8]) -> Result<()> {
         let failed = || Error::new(ErrorKind::Io, "encrypting failed");
-        let (nonce, text) = buffer.split_at_mut_checked(HALF).ok_or_else(failed)?;
+        let (nonce, text, tag) = parts(sealed).ok_or_else(failed)?;
         random(nonce)?;
-        let nonce = *Nonce::from_slice(nonce);
         let cipher = Aes256CtrPoly1305Aes::new(&self.0);
-        let tag = cipher.encrypt_in_place_detached(&nonce, &[], text).map_err(|_| failed())?;
-        buffer.extend_from_slice(&tag);
+        let made =
+            cipher.encrypt_in_place_detached(Nonce::from_slice(nonce), &[], text).map_err(|_| failed())?;
+        tag.copy_from_slice(&made);
         Ok(())
     }
 
     /// Encrypts `text`.
     pub(crate) fn encrypt(&self, text: &[u8]) -> Result<Vec<u8>> {
-        let mut buffer = Vec::with_capacity(text.len().saturating_add(OVERHEAD));
-        buffer.resize(HALF, 0);
-        buffer.extend_from_slice(text);
-        self.seal(&mut buffer)?;
-        Ok(buffer)
+        let mut sealed = Vec::with_capacity(text.len().saturating_add(OVERHEAD));
+        sealed.resize(HALF, 0);
+        sealed.extend_from_slice(text);
+        sealed.extend_from_slice(&[0; HALF]);
+        self.seal(&mut sealed)?;
+        Ok(sealed)
+    }
+
+    /// Decrypts and authenticates where it stands; what comes out is a part of `sealed`.
+    fn open<'a>(&self, sealed: &'a mut [u8]) -> Result<&'a [u8]> {
+        let wrong = || damaged("does not authenticate");
+        let (nonce, text, tag) = parts(sealed).ok_or_else(wrong)?;
+        let cipher = Aes256CtrPoly1305Aes::new(&self.0);
+        cipher
+            .decrypt_in_place_detached(Nonce::from_slice(nonce), &[], text, Tag::from_slice(tag))
+            .map_err(|_| wrong())?;
+        Ok(text)
     }
 
     /// Decrypts and authenticates.
     pub(crate) fn decrypt(&self, sealed: &[u8]) -> Result<Vec<u8>> {
-        let wrong = || damaged("does not authenticate");
-        let (nonce, rest) = sealed.split_at_checked(HALF).ok_or_else(wrong)?;
-        let split = rest.len().checked_sub(HALF).ok_or_else(wrong)?;
-        let (text, tag) = rest.split_at_checked(split).ok_or_else(wrong)?;
-        let mut text = text.to_vec();
-        let cipher = Aes256CtrPoly1305Aes::new(&self.0);
-        cipher
-            .decrypt_in_place_detached(Nonce::from_slice(nonce), &[], &mut text, Tag::from_slice(tag))
-            .map_err(|_| wrong())?;
-        Ok(text)
+        self.open(&mut sealed.to_vec()).map(<[u8]>::to_vec)
     }
+}
+
+/// Nonce, text and authentication code.
+fn parts(sealed: &mut [u8]) -> Option<(&mut [u8], &mut [u8], &mut [u8])> {
+    let (nonce, rest) = sealed.split_at_mut_checked(HALF)?;
+    let (text, tag) = rest.split_at_mut_checked(rest.len().checked_sub(HALF)?)?;
+    Some((nonce, text, tag))
 }
 
 fn random(bytes: &mut [u8]) -> Result<()> {
@@ -78,64 +92,83 @@ fn random(bytes: &mut [u8]) -> Result<()> {
 /// A blob as it goes into a pack: encrypted, and compressed where that makes it smaller.
 pub(crate) struct SealedBlob {
     /// Nonce, text, authentication code.
-    pub bytes: Vec<u8>,
+    pub bytes: Bytes,
     /// Length before compression; `None` if it is not compressed.
     pub uncompressed: Option<u32>,
 }
 
-/// What a thread needs to compress one blob after the other.
-pub(crate) struct Compressor {
-    zstd: zstd::bulk::Compressor<'static>,
-    /// Room for what comes out, which is used again: fresh memory costs more than compressing fast.
-    room: Vec<u8>,
+thread_local! {
+    /// Each has some hundred kilobytes that are better made once.
+    static COMPRESSOR: RefCell<Option<zstd::bulk::Compressor<'static>>> = const { RefCell::new(None) };
+    static DECOMPRESSOR: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
 }
 
-impl Compressor {
-    /// A compressor of our level.
-    pub(crate) fn new() -> Result<Self> {
-        let zstd = zstd::bulk::Compressor::new(LEVEL)
-            .map_err(|error| Error::new(ErrorKind::Io, "zstd cannot be used").because(error))?;
-        Ok(Self { zstd, room: Vec::new() })
-    }
-
-    /// `content` compressed, if that makes it smaller.
-    fn compress(&mut self, content: &[u8]) -> Result<Option<&[u8]>> {
-        let bound = zstd::zstd_safe::compress_bound(content.len());
-        if self.room.len() < bound {
-            self.room.resize(bound, 0);
-        }
-        let failed = |error| Error::new(ErrorKind::Io, "compressing failed").because(error);
-        let length = self.zstd.compress_to_buffer(content, self.room.as_mut_slice()).map_err(failed)?;
-        Ok(self.room.get(..length).filter(|packed| packed.len() < content.len()))
-    }
+/// Runs `work` with this thread's `place`, which is made if it is not there.
+fn with<T, R>(
+    place: &'static std::thread::LocalKey<RefCell<Option<T>>>,
+    make: impl FnOnce() -> std::io::Result<T>,
+    work: impl FnOnce(&mut T) -> std::io::Result<R>,
+) -> std::io::Result<R> {
+    place.with_borrow_mut(|place| match place {
+        Some(there) => work(there),
+        None => work(place.insert(make()?)),
+    })
 }
 
-/// Seals a blob. `compressor` is `None` for a repository whose format has no compression.
-pub(crate) fn seal_blob(
-    key: &Key,
-    compressor: Option<&mut Compressor>,
-    content: &[u8],
-) -> Result<SealedBlob> {
-    let packed = match compressor {
-        Some(compressor) => compressor.compress(content)?,
-        None => None,
-    };
-    let uncompressed = packed.and_then(|_| u32::try_from(content.len()).ok());
-    Ok(SealedBlob { bytes: key.encrypt(packed.unwrap_or(content))?, uncompressed })
-}
-
-/// Undoes [`seal_blob`]; never more than `uncompressed` bytes come out.
-pub(crate) fn open_blob(key: &Key, sealed: &[u8], uncompressed: Option<u32>) -> Result<Vec<u8>> {
-    let text = key.decrypt(sealed)?;
-    let Some(length) = uncompressed else { return Ok(text) };
-    let length = usize::try_from(length).map_err(|_| damaged("is too large"))?;
-    let content = zstd::bulk::decompress(&text, length)
-        .map_err(|error| damaged("cannot be decompressed").because(error))?;
-    if content.len() == length {
-        Ok(content)
+/// Seals a blob. It is not compressed in a repository whose format has no compression, and where that would not make it
+/// smaller.
+pub(crate) fn seal_blob(key: &Key, compress: bool, content: &[u8]) -> Result<SealedBlob> {
+    let bound = zstd::zstd_safe::compress_bound(content.len()).max(content.len());
+    let mut room = buffer::initialized(bound.saturating_add(OVERHEAD));
+    let text = room.get_mut(HALF..).unwrap_or_default();
+    let packed = if compress {
+        let packed = with(
+            &COMPRESSOR,
+            || zstd::bulk::Compressor::new(LEVEL),
+            |zstd| zstd.compress_to_buffer(content, text),
+        );
+        let packed =
+            packed.map_err(|error| Error::new(ErrorKind::Io, "compressing failed").because(error))?;
+        Some(packed).filter(|packed| *packed < content.len())
     } else {
-        Err(damaged("has not the length that the index tells"))
+        None
+    };
+    if packed.is_none() {
+        text.get_mut(..content.len()).unwrap_or_default().copy_from_slice(content);
     }
+    let length = packed.unwrap_or(content.len()).saturating_add(OVERHEAD);
+    key.seal(room.get_mut(..length).unwrap_or_default())?;
+    Ok(SealedBlob {
+        bytes: buffer::freeze(room).slice(..length),
+        uncompressed: packed.and_then(|_| u32::try_from(content.len()).ok()),
+    })
+}
+
+/// Undoes [`seal_blob`]; never more than `uncompressed` bytes come out. They begin on a page if they are many.
+pub(crate) fn open_blob(key: &Key, mut sealed: BytesMut, uncompressed: Option<u32>) -> Result<Bytes> {
+    let text = key.open(&mut sealed)?;
+    let content = match uncompressed {
+        None => {
+            let mut content = buffer::initialized(text.len());
+            content.copy_from_slice(text);
+            content
+        }
+        Some(length) => {
+            let length = usize::try_from(length).map_err(|_| damaged("is too large"))?;
+            let mut content = buffer::initialized(length);
+            let unpacked = with(&DECOMPRESSOR, zstd::bulk::Decompressor::new, |zstd| {
+                zstd.decompress_to_buffer(text, &mut *content)
+            });
+            let unpacked = unpacked.map_err(|error| damaged("cannot be decompressed").because(error))?;
+            if unpacked != length {
+                return Err(damaged("has not the length that the index tells"));
+            }
+            content
+        }
+    };
+    // Its memory is used again.
+    drop(buffer::freeze(sealed));
+    Ok(buffer::freeze(content))
 }
 
 /// A file other than a pack (index, snapshot, lock), ready to be written.
@@ -179,14 +212,19 @@ mod test {
     #[test]
     fn what_is_sealed_opens_again_and_a_flipped_bit_does_not() {
         let content: Vec<u8> = (0..100_000u32).flat_map(|i| (i / 7).to_le_bytes()).collect();
-        let mut compressor = Compressor::new().unwrap();
-        for compressor in [None, Some(&mut compressor)] {
-            let sealed = seal_blob(&key(), compressor, &content).unwrap();
-            assert_eq!(open_blob(&key(), &sealed.bytes, sealed.uncompressed).unwrap(), content);
-            let mut flipped = sealed.bytes.clone();
+        for compress in [false, true] {
+            let sealed = seal_blob(&key(), compress, &content).unwrap();
+            assert_eq!(sealed.uncompressed.is_some(), compress);
+            let bytes = BytesMut::from(&sealed.bytes[..]);
+            assert_eq!(open_blob(&key(), bytes.clone(), sealed.uncompressed).unwrap(), content);
+            let mut flipped = bytes.clone();
             flipped[20] ^= 1;
-            assert!(open_blob(&key(), &flipped, sealed.uncompressed).is_err());
-            assert!(open_blob(&key(), &sealed.bytes[..31], sealed.uncompressed).is_err());
+            assert!(open_blob(&key(), flipped, sealed.uncompressed).is_err());
+            assert!(open_blob(&key(), BytesMut::from(&bytes[..31]), sealed.uncompressed).is_err());
+            for told in [1, 99_999, 400_001] {
+                let wrong = open_blob(&key(), bytes.clone(), Some(told));
+                assert!(wrong.is_err(), "{told}");
+            }
         }
         for compress in [false, true] {
             let sealed = seal_file(&key(), compress, b"{\"a\":1}").unwrap();
@@ -198,7 +236,7 @@ mod test {
     fn noise_is_not_made_larger_by_compression() {
         let mut noise = vec![0; 1 << 16];
         random(&mut noise).unwrap();
-        let sealed = seal_blob(&key(), Some(&mut Compressor::new().unwrap()), &noise).unwrap();
+        let sealed = seal_blob(&key(), true, &noise).unwrap();
         assert_eq!((sealed.uncompressed, sealed.bytes.len()), (None, noise.len() + OVERHEAD));
     }
 }

@@ -6,7 +6,7 @@
 
 use crate::{
     blob::{BlobKind, Id},
-    crypto::{self, Compressor, Key, SealedBlob},
+    crypto::{self, Key, SealedBlob},
     error::blocking,
     index::Known,
     pack::Saver,
@@ -14,7 +14,6 @@ use crate::{
 use bytes::{Bytes, BytesMut};
 use futures_util::stream::{self, StreamExt as _};
 use std::{
-    cell::RefCell,
     collections::VecDeque,
     sync::{Arc, Mutex},
 };
@@ -59,11 +58,7 @@ impl Workshop {
     }
 
     fn seal(&self, content: &[u8]) -> Result<SealedBlob> {
-        if self.compress {
-            compressed(&self.key, content)
-        } else {
-            crypto::seal_blob(&self.key, None, content)
-        }
+        crypto::seal_blob(&self.key, self.compress, content)
     }
 
     fn seal_if_new(&self, id: &Id, content: &[u8]) -> Result<Option<SealedBlob>> {
@@ -73,19 +68,6 @@ impl Workshop {
         }
         self.seal(content).map(Some)
     }
-}
-
-fn compressed(key: &Key, content: &[u8]) -> Result<SealedBlob> {
-    thread_local! {
-        static COMPRESSOR: RefCell<Option<Compressor>> = const { RefCell::new(None) };
-    }
-    COMPRESSOR.with_borrow_mut(|place| {
-        let compressor = match place {
-            Some(compressor) => compressor,
-            None => place.insert(Compressor::new()?),
-        };
-        crypto::seal_blob(key, Some(compressor), content)
-    })
 }
 
 /// What a parent point knows of a disk.

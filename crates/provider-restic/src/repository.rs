@@ -8,6 +8,7 @@ use crate::{
     password::Password,
     store::{self, Files, Folder, Store},
 };
+use bytes::Bytes;
 use rustic_core::{
     ConfigOptions, Credentials, KeyOptions, OpenStatus, RepositoryBackends, RepositoryOptions,
 };
@@ -130,8 +131,8 @@ impl Repository {
         crypto::open_file(&self.key, &sealed, most).map_err(|error| damaged(format!("{what} {error}")))
     }
 
-    /// Reads a blob and checks it against its id.
-    pub(crate) fn read_blob(&self, kind: BlobKind, id: &Id, at: &Location) -> Result<Vec<u8>> {
+    /// Reads a blob and checks it against its id. It begins on a page if it is large.
+    pub(crate) fn read_blob(&self, kind: BlobKind, id: &Id, at: &Location) -> Result<Bytes> {
         let large =
             at.length > LARGEST_BLOB || at.uncompressed.is_some_and(|length| length.get() > LARGEST_BLOB);
         let what = || format!("{kind:?} blob {id} in pack {}", at.pack).to_lowercase();
@@ -142,7 +143,7 @@ impl Repository {
             .store
             .read_part(Folder::Data, &at.pack.to_string(), at.offset.into(), at.length.into())
             .map_err(|error| stored(format!("cannot read {}", what()), error))?;
-        let content = crypto::open_blob(&self.key, &sealed, at.uncompressed.map(std::num::NonZeroU32::get))
+        let content = crypto::open_blob(&self.key, sealed, at.uncompressed.map(std::num::NonZeroU32::get))
             .map_err(|error| damaged(format!("{} {error}", what())))?;
         if Id::of(&content) == *id {
             return Ok(content);

@@ -22,7 +22,7 @@ const MOST: Length = Length::new(32 << 20);
 /// Most regions told at once.
 const MOST_REGIONS: usize = 4096;
 /// Bytes of chunks that are kept, since reads do not keep to their borders.
-const CACHE: u64 = 48 << 20;
+const CACHE: u64 = 24 << 20;
 
 /// A point, open.
 pub(crate) struct ResticRestore {
@@ -169,7 +169,7 @@ impl StoredVolume {
                     Error::new(error.kind(), format!("what is at {at} is damaged: {error}"))
                 })?;
                 if content.len() as u64 == length {
-                    return Ok(Bytes::from(content));
+                    return Ok(content);
                 }
                 Err(damaged(format!("what is at {at} has not the length of a chunk")))
             })

@@ -9,7 +9,7 @@ mod rustic;
 
 pub(crate) use rustic::Files;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use std::{io, sync::Arc};
 use stillpoint_provider::{Error, ErrorKind, Result};
 
@@ -64,10 +64,17 @@ pub(crate) trait Store: Send + Sync {
     fn list(&self, folder: Folder) -> io::Result<Vec<(String, u64)>>;
 
     /// A whole file.
-    fn read(&self, folder: Folder, name: &str) -> io::Result<Bytes>;
+    fn read(&self, folder: Folder, name: &str) -> io::Result<Bytes> {
+        let mut content = Vec::new();
+        self.read_into(folder, name, &mut content)?;
+        Ok(content.into())
+    }
+
+    /// A whole file, in memory that is used again; what was in it is gone.
+    fn read_into(&self, folder: Folder, name: &str, content: &mut Vec<u8>) -> io::Result<()>;
 
     /// Part of a file; all of it or an error.
-    fn read_part(&self, folder: Folder, name: &str, offset: u64, length: u64) -> io::Result<Bytes>;
+    fn read_part(&self, folder: Folder, name: &str, offset: u64, length: u64) -> io::Result<BytesMut>;
 
     /// Writes a file, whole or not at all. One of the same name that is there already holds the same.
     fn write(&self, folder: Folder, name: &str, content: &[Bytes]) -> io::Result<()>;

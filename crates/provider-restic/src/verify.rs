@@ -19,6 +19,7 @@ use std::{
     },
     thread,
 };
+use stillpoint_buffer as buffer;
 use stillpoint_model::{DiskName, Length, Offset};
 use stillpoint_provider::{Depth, Finding, Progress, Restore as _, Result, VerifyReport};
 
@@ -66,15 +67,16 @@ impl Work {
         }
     }
 
-    /// Does `work` for each item, on all cores.
-    fn each<T: Sync>(&self, items: &[T], work: impl Fn(&T) + Sync) {
+    /// Does `work` for each item, on all cores. Each has memory that is used again.
+    fn each<T: Sync>(&self, items: &[T], work: impl Fn(&T, &mut Vec<u8>) + Sync) {
         let next = AtomicUsize::new(0);
         let run = || {
+            let mut room = Vec::new();
             while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
                 if self.abandoned.load(Ordering::Relaxed) {
                     return;
                 }
-                work(item);
+                work(item, &mut room);
             }
         };
         // One more than cores: one waits for the store while the others work.
@@ -179,7 +181,7 @@ fn verify_disks(work: &Work, restore: &ResticRestore) -> Result<()> {
         }
     }
     placed.sort_by_key(|(place, _)| (place.pack, place.offset));
-    work.each(&placed, |(place, chunk)| {
+    work.each(&placed, |(place, chunk), _| {
         if !work.verified.has(&chunk.id) {
             match work.repository.read_blob(BlobKind::Data, &chunk.id, place) {
                 Ok(content) if content.len() as u64 == chunk.length => work.verified.add([chunk.id]),
@@ -212,8 +214,8 @@ pub(crate) async fn target(
         };
         let total: u64 = packs.iter().map(|pack| pack::length(&pack.blobs)).sum();
         work.progress.total(Length::new(total));
-        work.each(&packs, |pack| {
-            match verify_pack(work, pack) {
+        work.each(&packs, |pack, room| {
+            match verify_pack(work, pack, room) {
                 Ok(()) => work.verified.add(pack.blobs.iter().map(|blob| blob.id)),
                 Err(error) => work.find(None, None, format!("pack {}: {}", pack.id, in_one_line(&error))),
             }
@@ -256,7 +258,7 @@ fn verify_index(work: &Work) -> Result<Vec<IndexPack>> {
     };
     let sizes: HashMap<String, u64> = list(Folder::Data)?.into_iter().collect();
     let packs: Mutex<HashMap<Id, IndexPack>> = Mutex::default();
-    work.each(&list(Folder::Index)?, |(name, _)| match index::read(&work.repository, name) {
+    work.each(&list(Folder::Index)?, |(name, _), _| match index::read(&work.repository, name) {
         Ok(file) => {
             if let Ok(mut packs) = packs.lock() {
                 packs.extend(file.packs.into_iter().map(|pack| (pack.id, pack)));
@@ -322,24 +324,26 @@ fn verify_snapshots(work: &Work) -> Result<()> {
     Ok(())
 }
 
-fn verify_pack(work: &Work, pack: &IndexPack) -> Result<()> {
-    let content = work.repository.store.read(Folder::Data, &pack.id.to_string());
-    let content = content.map_err(|error| stored("cannot be read", error))?;
-    if Id::of(&content) != pack.id {
+fn verify_pack(work: &Work, pack: &IndexPack, content: &mut Vec<u8>) -> Result<()> {
+    let read = work.repository.store.read_into(Folder::Data, &pack.id.to_string(), content);
+    read.map_err(|error| stored("cannot be read", error))?;
+    if Id::of(content) != pack.id {
         return Err(damaged("is not what was written"));
     }
     let mut blobs = pack.blobs.clone();
     blobs.sort_by_key(|blob| blob.offset);
-    if pack::read_header(&work.repository.key, &content)? != blobs {
+    if pack::read_header(&work.repository.key, content)? != blobs {
         return Err(damaged("holds other blobs than the index says"));
     }
     for blob in blobs {
         let start = usize::try_from(blob.offset).unwrap_or(usize::MAX);
         let end = start.saturating_add(usize::try_from(blob.length).unwrap_or(usize::MAX));
         let sealed = content.get(start..end).ok_or_else(|| damaged("is cut short"))?;
+        let mut room = buffer::initialized(sealed.len());
+        room.copy_from_slice(sealed);
         let plain = crypto::open_blob(
             &work.repository.key,
-            sealed,
+            room,
             blob.uncompressed_length.map(std::num::NonZeroU32::get),
         );
         let plain = plain.map_err(|error| damaged(format!("blob {} {error}", blob.id)))?;

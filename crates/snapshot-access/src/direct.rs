@@ -34,8 +34,9 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
+use stillpoint_buffer as buffer;
 use stillpoint_model::{Length, Offset, Range};
-use stillpoint_nbd::{Client, buffer};
+use stillpoint_nbd::Client;
 use tokio::sync::oneshot;
 
 /// How long reading an image may take before QEMU is asked instead, which has a deadline of its own.

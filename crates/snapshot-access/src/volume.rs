@@ -11,8 +11,9 @@ use std::sync::{
     Arc, Mutex, PoisonError,
     atomic::{AtomicU64, Ordering},
 };
+use stillpoint_buffer as buffer;
 use stillpoint_model::{DiskName, Extent, ExtentKind, Granularity, Length, Offset, Range};
-use stillpoint_nbd::{Client, MetaContext, buffer};
+use stillpoint_nbd::{Client, MetaContext};
 use stillpoint_provider::{Error, ErrorKind, Result, VolumeSource};
 use tokio::sync::watch;
 

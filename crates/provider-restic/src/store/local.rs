@@ -1,7 +1,7 @@
 //! A repository in a directory.
 
 use super::{Folder, Store, is_file_name, not_found};
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, openat};
 use std::{
     collections::BTreeSet,
@@ -14,6 +14,7 @@ use std::{
     path::{Path, PathBuf},
     sync::Mutex,
 };
+use stillpoint_buffer as buffer;
 
 /// Files of a directory. Each file is complete and durable before it gets its name, so a loss of power or a kill
 /// leaves no half of one.
@@ -212,28 +213,24 @@ impl Store for LocalStore {
         Ok(found)
     }
 
-    fn read(&self, folder: Folder, name: &str) -> io::Result<Bytes> {
+    fn read_into(&self, folder: Folder, name: &str, content: &mut Vec<u8>) -> io::Result<()> {
         let path = self.file(folder, name);
-        let read = || {
-            let mut file = File::open(&path)?;
-            let mut content = Vec::new();
-            file.read_to_end(&mut content)?;
-            Ok(content.into())
-        };
-        read().map_err(|error: io::Error| match error.kind() {
+        content.clear();
+        let read = File::open(&path).and_then(|mut file| file.read_to_end(content));
+        read.map(drop).map_err(|error: io::Error| match error.kind() {
             io::ErrorKind::NotFound => not_found(&path.display().to_string()),
             _ => at(&path, error),
         })
     }
 
-    fn read_part(&self, folder: Folder, name: &str, offset: u64, length: u64) -> io::Result<Bytes> {
+    fn read_part(&self, folder: Folder, name: &str, offset: u64, length: u64) -> io::Result<BytesMut> {
         let path = self.file(folder, name);
         let read = || {
             let file = File::open(&path)?;
             let length = usize::try_from(length).map_err(|_| io::ErrorKind::InvalidInput)?;
-            let mut content = vec![0; length];
+            let mut content = buffer::initialized(length);
             file.read_exact_at(&mut content, offset)?;
-            Ok(content.into())
+            Ok(content)
         };
         read().map_err(|error: io::Error| match error.kind() {
             io::ErrorKind::NotFound => not_found(&path.display().to_string()),

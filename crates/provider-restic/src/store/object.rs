@@ -1,14 +1,18 @@
 //! A repository in an object store or on another host, by `opendal`.
 
 use super::{Folder, Store, is_file_name};
-use bytes::Bytes;
+use bytes::{Buf as _, Bytes, BytesMut};
 use opendal::{
     ErrorKind as ObjectError, Operator, blocking,
     layers::{RetryLayer, TimeoutLayer},
     options::{ListOptions, ReadOptions},
     services,
 };
-use std::{io, time::Duration};
+use std::{
+    io::{self, Read as _},
+    time::Duration,
+};
+use stillpoint_buffer as buffer;
 use stillpoint_provider::{Error, ErrorKind, Result};
 
 /// Tries of each request after the first, with pauses that grow to [`LONGEST_PAUSE`]: some half a minute in all.
@@ -153,24 +157,27 @@ impl Store for ObjectStore {
         Ok(files.map(|entry| (entry.name().to_owned(), entry.metadata().content_length())).collect())
     }
 
-    fn read(&self, folder: Folder, name: &str) -> io::Result<Bytes> {
+    fn read_into(&self, folder: Folder, name: &str, content: &mut Vec<u8>) -> io::Result<()> {
         let path = folder.path(name);
-        let content = self.operator.read(&path).map_err(|error| failed(&path, &error))?;
-        Ok(content.to_bytes())
+        content.clear();
+        let read = self.operator.read(&path).map_err(|error| failed(&path, &error))?;
+        read.reader().read_to_end(content).map(drop)
     }
 
-    fn read_part(&self, folder: Folder, name: &str, offset: u64, length: u64) -> io::Result<Bytes> {
+    fn read_part(&self, folder: Folder, name: &str, offset: u64, length: u64) -> io::Result<BytesMut> {
         let path = folder.path(name);
         let options =
             ReadOptions { range: (offset..offset.saturating_add(length)).into(), ..ReadOptions::default() };
-        let content = self.operator.read_options(&path, options).map_err(|error| failed(&path, &error))?;
-        if content.len() as u64 != length {
+        let mut read = self.operator.read_options(&path, options).map_err(|error| failed(&path, &error))?;
+        if read.len() as u64 != length {
             return Err(io::Error::new(
                 io::ErrorKind::UnexpectedEof,
                 format!("{path} is shorter than it was"),
             ));
         }
-        Ok(content.to_bytes())
+        let mut content = buffer::initialized(read.len());
+        read.copy_to_slice(&mut content);
+        Ok(content)
     }
 
     fn write(&self, folder: Folder, name: &str, content: &[Bytes]) -> io::Result<()> {

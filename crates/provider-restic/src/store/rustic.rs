@@ -4,6 +4,7 @@ use super::{Folder, Store};
 use bytes::Bytes;
 use rustic_core::{BytesList, ErrorKind, FileType, Id, ReadBackend, RusticError, RusticResult, WriteBackend};
 use std::{fmt, io, sync::Arc};
+use stillpoint_buffer as buffer;
 
 /// The files of a store, as rustic wants them.
 #[derive(Clone)]
@@ -55,7 +56,10 @@ impl ReadBackend for Files {
         offset: u32,
         length: u32,
     ) -> RusticResult<Bytes> {
-        self.0.read_part(folder(kind), &id.to_hex(), offset.into(), length.into()).map_err(failed)
+        self.0
+            .read_part(folder(kind), &id.to_hex(), offset.into(), length.into())
+            .map(buffer::freeze)
+            .map_err(failed)
     }
 
     fn warmup_path(&self, kind: FileType, id: &Id) -> String {

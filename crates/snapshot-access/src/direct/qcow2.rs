@@ -17,8 +17,8 @@ use std::{
     io,
     sync::{Arc, Mutex, PoisonError},
 };
+use stillpoint_buffer as buffer;
 use stillpoint_model::{Length, Range};
-use stillpoint_nbd::buffer;
 
 /// What is read at once, and begins on a multiple of it.
 const BLOCK: u64 = 4096;

@@ -1,8 +1,16 @@
-//! Memory that reads land in.
+//! Memory for a disk's data.
 //!
-//! A backup reads a MiB at a time, thousands of times. Fresh memory for each costs a page fault every 4 KiB, about as much
-//! as the copy out of the socket, so it is kept and used again. It begins on a page, so that whoever writes it past the
-//! page cache, or reads past it, need not copy it first.
+//! Disks are read, packed and written a MiB at a time, thousands of times. Fresh memory for each costs a page fault every
+//! 4 KiB, about as much as the copy out of a socket, so it is kept and used again. It begins on a page, so that whoever
+//! writes it past the page cache, or reads past it, need not copy it first.
+//!
+//! ```
+//! let mut buffer = stillpoint_buffer::initialized(1 << 20);
+//! buffer.fill(7); // whatever was there before is overwritten, all of it
+//! let bytes = stillpoint_buffer::freeze(buffer);
+//! assert_eq!(bytes[0], 7);
+//! drop(bytes); // its memory is the next one's
+//! ```
 
 use bytes::{Buf as _, Bytes, BytesMut};
 use std::{
@@ -14,8 +22,8 @@ use std::{
 const ALIGNMENT: usize = 4096;
 /// Less than this comes from the allocator, which has it at hand.
 const SMALLEST: usize = 64 << 10;
-/// More than this is too rare to keep.
-const LARGEST: usize = 4 << 20;
+/// More than this is too rare to keep: the largest pieces are of 4 MiB, and what they are packed into is a little larger.
+const LARGEST: usize = (4 << 20) + (64 << 10);
 /// The most that is kept while nobody uses it, in bytes: what one disk has on its way.
 const KEPT: usize = 16 << 20;
 
@@ -53,7 +61,8 @@ impl Pool {
 }
 
 /// An empty buffer with room for `length` bytes.
-pub(crate) fn take(length: usize) -> BytesMut {
+#[must_use]
+pub fn take(length: usize) -> BytesMut {
     if !(SMALLEST..=LARGEST).contains(&length) {
         return BytesMut::with_capacity(length);
     }
@@ -64,6 +73,7 @@ pub(crate) fn take(length: usize) -> BytesMut {
 
 /// A buffer of `length` bytes that begins on a page. They are whatever an earlier use left there: to be overwritten, all of
 /// them, before anybody else gets to see them.
+#[must_use]
 pub fn initialized(length: usize) -> BytesMut {
     let kept = if (SMALLEST..=LARGEST).contains(&length) { pool().take(length) } else { None };
     let mut buffer = kept.unwrap_or_else(|| fresh(length));
@@ -80,6 +90,7 @@ fn fresh(length: usize) -> BytesMut {
 }
 
 /// The same bytes, whose memory is used again when the last of their clones is dropped.
+#[must_use]
 pub fn freeze(buffer: BytesMut) -> Bytes {
     if (SMALLEST..=LARGEST + ALIGNMENT).contains(&buffer.capacity()) {
         Bytes::from_owner(Lent(buffer))
