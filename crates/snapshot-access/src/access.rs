@@ -70,6 +70,9 @@ pub struct Settings {
     pub fleecing_directory: PathBuf,
     /// Most bytes that all fleecing images together may take; the run ends when they take more.
     pub fleecing_budget: Option<Length>,
+    /// Whether old data is given back as soon as it was read or is known to be of no use. Without it the fleecing images
+    /// keep all that the guest overwrites until the run ends, which is only of use to compare with.
+    pub fleecing_discard: bool,
     /// Where sockets and the journal go; private to this user.
     pub runtime_directory: PathBuf,
     /// Seconds that a guest's write waits at the most for its old data to be kept aside; then the snapshot is given

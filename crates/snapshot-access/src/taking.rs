@@ -498,7 +498,9 @@ impl Taking {
                 size: plan.disk.size,
                 data,
                 dirty,
-                discards: Mutex::new(DiscardPlanner::new(FILTER_CLUSTER, plan.disk.size)),
+                discards: settings
+                    .fleecing_discard
+                    .then(|| Mutex::new(DiscardPlanner::new(FILTER_CLUSTER, plan.disk.size))),
                 fleecing: disk.image,
                 image,
                 proof,

@@ -51,7 +51,8 @@ pub(crate) struct AccessVolume {
     pub(crate) data: Client,
     /// What the bitmap says, where the disk has one for this run.
     pub(crate) dirty: Option<(Client, MetaContext)>,
-    pub(crate) discards: Mutex<DiscardPlanner>,
+    /// `None` if nothing is given back before the end.
+    pub(crate) discards: Option<Mutex<DiscardPlanner>>,
     /// Where old data is kept aside, if a guest runs that could overwrite it.
     pub(crate) fleecing: Option<Arc<FleecingImage>>,
     /// The image itself, where it may be read past QEMU.
@@ -205,10 +206,10 @@ impl AccessVolume {
     }
 
     async fn discard(&self, range: Range) -> Result<()> {
-        if self.fleecing.is_none() {
+        let Some(discards) = self.discards.as_ref().filter(|_| self.fleecing.is_some()) else {
             return Ok(());
-        }
-        let discard = self.discards.lock().unwrap_or_else(PoisonError::into_inner).release(range);
+        };
+        let discard = discards.lock().unwrap_or_else(PoisonError::into_inner).release(range);
         let Some(discard) = discard else { return Ok(()) };
         let trimmed = self.unless_stopped(self.data.trim(discard)).await?;
         trimmed.map_err(|error| self.unreadable("discard old data of", Some(discard)).because(error))

@@ -181,6 +181,7 @@ impl Run<'_> {
             point: point.clone(),
             fleecing_directory: self.job.vm.fleecing.directory.clone(),
             fleecing_budget: self.job.vm.fleecing.budget,
+            fleecing_discard: self.job.vm.fleecing.discard,
             runtime_directory: runtime::directory(),
             cbw_timeout_seconds: self.job.vm.fleecing.timeout,
             agent: self.job.vm.agent.clone(),

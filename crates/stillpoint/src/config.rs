@@ -117,11 +117,14 @@ pub(crate) struct Fleecing {
     /// write.
     #[serde(default = "fleecing_timeout", deserialize_with = "timeout")]
     pub timeout: u32,
+    /// Whether old data is given back as soon as it is stored, rather than at the end.
+    #[serde(default = "yes")]
+    pub discard: bool,
 }
 
 impl Default for Fleecing {
     fn default() -> Self {
-        Self { directory: fleecing_directory(), budget: None, timeout: FLEECING_TIMEOUT }
+        Self { directory: fleecing_directory(), budget: None, timeout: FLEECING_TIMEOUT, discard: true }
     }
 }
 
@@ -131,6 +134,10 @@ fn freeze_timeout() -> u64 {
 
 fn fleecing_directory() -> PathBuf {
     FLEECING_DIRECTORY.into()
+}
+
+fn yes() -> bool {
+    true
 }
 
 fn fleecing_timeout() -> u32 {

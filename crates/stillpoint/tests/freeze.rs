@@ -20,7 +20,7 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
-use stillpoint_testkit::{BareMachine, Outcome, Qemu, Tool};
+use stillpoint_testkit::{BareMachine, DiskSpec, GuestBuilder, Outcome, Qemu, Tool, run};
 
 /// What an agent does.
 #[derive(Clone, Copy, PartialEq)]
@@ -332,4 +332,61 @@ fn guard_of(run: u32) -> u32 {
         found.extend(children.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
     }
     *found.first().unwrap_or_else(|| panic!("no guard: {children}"))
+}
+
+/// What ext4 says of itself in a restored image: its journal has to be replayed, or not; and how many files were written.
+fn file_system(image: &Path) -> (bool, u64) {
+    let program = |name: &str| std::process::Command::new(format!("/sbin/{name}"));
+    let features = run(program("dumpe2fs").arg("-h").arg(image)).unwrap();
+    let dirty = features.contains("needs_recovery");
+    if !dirty {
+        run(program("e2fsck").arg("-fn").arg(image)).unwrap();
+    }
+    let count = run(program("debugfs").args(["-R", "cat count"]).arg(image)).unwrap();
+    (dirty, count.trim().parse().unwrap_or(0))
+}
+
+#[test]
+fn a_real_agent_freezes_a_real_file_system_and_a_point_without_it_has_a_journal_to_replay() {
+    let guest = GuestBuilder::new(Qemu::installed().unwrap())
+        .disk(DiskSpec::new("vda", 64 << 20))
+        .disk(DiskSpec::new("vdb", 128 << 20).ext4())
+        .agent()
+        .boot()
+        .unwrap();
+    guest.await_agent().unwrap();
+    let place =
+        common::Place::new(guest.work(), &guest.qmp(), "provider = \"directory\"\ndirectory = \"@/points\"");
+    std::fs::create_dir(guest.work().join("points")).unwrap();
+    let without = place.backup();
+    assert_eq!(without["consistency"], "crash-consistent", "{without}");
+    // The same VM, now with its agent.
+    let text = std::fs::read_to_string(&place.config).unwrap();
+    let agent = format!("[vm.vm]\nagent = {:?}\n", guest.agent());
+    std::fs::write(&place.config, text.replace("[vm.vm]\n", &agent)).unwrap();
+    // In the middle of them one is killed while the guest is frozen.
+    for round in 0..5 {
+        if round == 2 {
+            let mut command = place.tool.command(place.arguments(&["backup", "vm"]));
+            let status = command.env("STILLPOINT_FAILPOINT", "frozen#1=kill").status().unwrap();
+            assert!(status.code().is_none());
+        }
+        let summary = place.backup();
+        assert_eq!(summary["consistency"], "file-system-consistent", "{round}: {summary}");
+        println!("frozen for {} ms", summary["freeze_ms"]);
+    }
+    let points = place.run(&["points", "--json"]).json().unwrap();
+    let mut counts = Vec::new();
+    for (index, point) in points.as_array().unwrap().iter().enumerate() {
+        let id = point["record"]["id"].as_str().unwrap();
+        let output = guest.work().join(format!("restored-{index}"));
+        let restored = place.run(&["restore", &format!("vm/{id}"), "--output", output.to_str().unwrap()]);
+        assert_eq!(restored.status, 0, "{restored:?}");
+        let (dirty, count) = file_system(&output.join("vdb.raw"));
+        assert_eq!(dirty, index == 0, "point {index}");
+        counts.push(count);
+    }
+    assert_eq!(counts.len(), 6);
+    // The guest wrote on after each thaw.
+    assert!(counts.windows(2).all(|pair| pair[0] < pair[1]), "{counts:?}");
 }

@@ -73,6 +73,7 @@ pub struct DiskSpec {
     cache: Cache,
     legacy: bool,
     iothread: bool,
+    pub(crate) ext4: bool,
 }
 
 impl DiskSpec {
@@ -86,6 +87,7 @@ impl DiskSpec {
             cache: Cache::Writeback,
             legacy: false,
             iothread: false,
+            ext4: false,
         }
     }
 
@@ -94,6 +96,13 @@ impl DiskSpec {
     pub fn raw(mut self) -> Self {
         self.format = ImageFormat::Raw;
         self
+    }
+
+    /// With a raw image that has an ext4 file system, in place of a disk for the writer's stamps.
+    #[must_use]
+    pub fn ext4(mut self) -> Self {
+        self.ext4 = true;
+        self.raw()
     }
 
     /// Behind this front end.
@@ -130,6 +139,9 @@ pub(crate) fn add_disk(command: &mut Command, disk: &DiskSpec, work: &Path) -> R
     let image = work.join(format!("{}.{}", disk.id, disk.format.name()));
     if disk.format == ImageFormat::Raw {
         fs::File::create(&image)?.set_len(disk.size)?;
+        if disk.ext4 {
+            run(Command::new("/sbin/mkfs.ext4").args(["-q", "-F", "-O", "^metadata_csum"]).arg(&image))?;
+        }
     } else {
         run(Command::new("qemu-img")
             .args(["create", "-q", "-f", "qcow2"])

@@ -3,7 +3,7 @@
 use crate::{
     accelerator::accelerator,
     disk::{DiskSpec, add_disk},
-    kernel::boot,
+    kernel::{boot, boot_with_agent},
     monitor::Monitor,
     qemu::{Mount, Qemu},
     watch::Watch,
@@ -34,12 +34,13 @@ pub struct GuestBuilder {
     qemu: Qemu,
     disks: Vec<DiskSpec>,
     extra: Vec<String>,
+    agent: bool,
 }
 
 impl GuestBuilder {
     /// A guest without disks.
     pub fn new(qemu: Qemu) -> Self {
-        Self { qemu, disks: Vec::new(), extra: Vec::new() }
+        Self { qemu, disks: Vec::new(), extra: Vec::new(), agent: false }
     }
 
     /// With one more disk.
@@ -56,6 +57,14 @@ impl GuestBuilder {
         self
     }
 
+    /// With QEMU's guest agent, and files that it writes without pause to the disk that has a
+    /// [file system](DiskSpec::ext4).
+    #[must_use]
+    pub fn agent(mut self) -> Self {
+        self.agent = true;
+        self
+    }
+
     /// Boots, and waits until its writer is ready.
     ///
     /// # Errors
@@ -65,7 +74,7 @@ impl GuestBuilder {
         let sizes: BTreeSet<_> = self.disks.iter().map(|disk| disk.size / 512).collect();
         ensure!(sizes.len() == self.disks.len(), "two disks have the same size");
         let work = tempfile::Builder::new().prefix("stillpoint-guest-").tempdir()?;
-        let boot = boot()?;
+        let boot = if self.agent { boot_with_agent()? } else { boot()? };
         let accelerator = accelerator(&self.qemu, &boot)?;
         let (kernel, initramfs) = (work.path().join("kernel"), work.path().join("initramfs"));
         // Another process may replace the cached ones while this guest boots.
@@ -96,6 +105,10 @@ impl GuestBuilder {
         command.args(["-device", "virtio-serial-pci"]);
         command.args(["-chardev", &format!("socket,id=writer,path={},server=on,wait=off", path("writer"))]);
         command.args(["-device", "virtserialport,chardev=writer,name=stillpoint.writer"]);
+        if self.agent {
+            command.args(["-chardev", &format!("socket,id=agent,path={},server=on,wait=off", path("agent"))]);
+            command.args(["-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"]);
+        }
         let images = self.disks.iter().map(|disk| add_disk(&mut command, disk, work.path()));
         let images = images.collect::<Result<_>>()?;
         command.args(&self.extra);
@@ -137,6 +150,30 @@ impl Guest {
     /// The monitor's socket for the tool under test.
     pub fn qmp(&self) -> PathBuf {
         self.work.path().join("qmp")
+    }
+
+    /// Socket of its [agent](GuestBuilder::agent).
+    pub fn agent(&self) -> PathBuf {
+        self.work.path().join("agent")
+    }
+
+    /// Waits until its agent answers: the file system is mounted then.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub fn await_agent(&self) -> Result<()> {
+        let mut stream = UnixStream::connect(self.agent())?;
+        stream.set_read_timeout(Some(ANSWER))?;
+        stream.write_all(b"{\"execute\":\"guest-sync\",\"arguments\":{\"id\":7}}\n")?;
+        let mut answer = String::new();
+        BufReader::new(stream).read_line(&mut answer).context("the agent does not answer")?;
+        ensure!(answer.contains('7'), "the agent answers {answer:?}");
+        Ok(())
+    }
+
+    /// Those that the storm writes to.
+    pub(crate) fn stamped_disks(&self) -> impl Iterator<Item = &DiskSpec> {
+        self.disks.iter().filter(|disk| !disk.ext4)
     }
 
     /// A directory that goes away with the guest.

@@ -1,4 +1,5 @@
-//! What the guest boots: Debian's cloud kernel, and an initramfs with busybox and our writer.
+//! What the guest boots: Debian's cloud kernel, and an initramfs with busybox and our writer; or with QEMU's guest agent
+//! and a file system besides.
 //!
 //! Made once and kept below `target/testkit`. Several processes may ask at once; a lock on the directory lets one work.
 
@@ -25,6 +26,9 @@ const MODULES: &[&str] = &[
     "nbd",
 ];
 
+/// For a file system that the guest has mounted.
+const FILE_SYSTEM_MODULES: &[&str] = &["crc32c_generic", "libcrc32c", "ext4"];
+
 const INIT: &str = "#!/bin/sh
 /bin/busybox mkdir -p /proc /sys /dev
 /bin/busybox mount -t proc proc /proc
@@ -35,6 +39,7 @@ if [ -x /probe ]; then
   /probe > /dev/ttyS0 2>&1
   /bin/busybox poweroff -f
 fi
+if [ -x /agent ]; then /agent & fi
 while :; do
   for port in /sys/class/virtio-ports/*; do
     if [ \"$(/bin/busybox cat $port/name 2>/dev/null)\" = stillpoint.writer ]; then
@@ -42,6 +47,27 @@ while :; do
     fi
   done
   /bin/busybox usleep 20000
+done
+";
+
+/// Mounts the one disk that has a file system, starts the agent, and writes files without pause. The file `count` says how
+/// many were written.
+const AGENT: &str = "#!/bin/sh
+/bin/busybox mkdir -p /files /run
+for disk in /sys/block/vd*; do
+  /bin/busybox mount -t ext4 /dev/${disk##*/} /files 2>/dev/null && break
+done
+for port in /sys/class/virtio-ports/*; do
+  if [ \"$(/bin/busybox cat $port/name)\" = org.qemu.guest_agent.0 ]; then
+    /lib64/ld-linux-x86-64.so.2 --library-path /lib64 /qemu-ga -m virtio-serial -p /dev/${port##*/} -t /run > /dev/ttyS0 2>&1 &
+  fi
+done
+count=0
+while :; do
+  /bin/busybox dd if=/bin/busybox of=/files/$((count % 64)) bs=64k count=4 2>/dev/null
+  count=$((count + 1))
+  echo $count > /files/count.new
+  /bin/busybox mv /files/count.new /files/count
 done
 ";
 
@@ -69,7 +95,15 @@ pub fn cache() -> PathBuf {
 /// # Errors
 /// If the package cannot be had, or the writer not be built.
 pub fn boot() -> Result<Boot> {
-    make("initramfs.cpio", "guest-writer", &["--package", "guest-writer"], "guest-writer")
+    make("initramfs.cpio", "guest-writer", &["--package", "guest-writer"], "guest-writer", false)
+}
+
+/// The same with a file system that is written all the time, and QEMU's guest agent, which can freeze it.
+///
+/// # Errors
+/// As [`boot`].
+pub(crate) fn boot_with_agent() -> Result<Boot> {
+    make("agent.cpio", "guest-writer", &["--package", "guest-writer"], "guest-writer", true)
 }
 
 /// The same for a guest that runs one program, which prints to its console, and powers off: an example of `package`.
@@ -78,10 +112,16 @@ pub fn boot() -> Result<Boot> {
 /// As [`boot`].
 pub fn boot_probe(package: &str, example: &str) -> Result<Boot> {
     let build = ["--package", package, "--example", example];
-    make(&format!("{example}.cpio"), "probe", &build, &format!("examples/{example}"))
+    make(&format!("{example}.cpio"), "probe", &build, &format!("examples/{example}"), false)
 }
 
-fn make(initramfs_name: &str, program_name: &str, build: &[&str], built: &str) -> Result<Boot> {
+fn make(
+    initramfs_name: &str,
+    program_name: &str,
+    build: &[&str],
+    built: &str,
+    with_agent: bool,
+) -> Result<Boot> {
     let cache = cache();
     fs::create_dir_all(&cache)?;
     let lock = File::create(cache.join("lock"))?;
@@ -93,7 +133,8 @@ fn make(initramfs_name: &str, program_name: &str, build: &[&str], built: &str) -
     let program = build_static(&cache, build, built)?;
     let initramfs = cache.join(format!("{initramfs_name}-{}", std::process::id()));
     let modules = package.join("lib/modules").join(&version);
-    write_initramfs(&initramfs, &modules, program_name, &program)?;
+    let agent = if with_agent { Some(agent_package(&cache)?.join("usr/sbin/qemu-ga")) } else { None };
+    write_initramfs(&initramfs, &modules, program_name, &program, agent.as_deref())?;
     // Its own name only when whole: another process may be booting from it.
     let finished = cache.join(initramfs_name);
     fs::rename(&initramfs, &finished)?;
@@ -116,16 +157,32 @@ fn kernel_package(cache: &Path) -> Result<PathBuf> {
         .filter_map(|line| line.trim().strip_prefix("Depends: "))
         .find(|name| name.starts_with("linux-image-"));
     let name = name.context("apt knows no linux-image-cloud-amd64; type: apt-get update")?.to_owned();
-    let download = cache.join("download");
-    fs::create_dir_all(&download)?;
-    run(Command::new("apt-get").args(["download", &name]).current_dir(&download))?;
-    let package = only_entry(&download)?;
-    let fresh = cache.join("kernel.partial");
-    let _ = fs::remove_dir_all(&fresh);
-    run(Command::new("dpkg").arg("-x").arg(download.join(package)).arg(&fresh))?;
-    let _ = fs::remove_dir_all(&download);
-    fs::rename(&fresh, &unpacked)?;
+    unpack(cache, &name, &unpacked)?;
     Ok(unpacked)
+}
+
+/// Not installed: it would run on this machine, which may be a guest itself.
+fn agent_package(cache: &Path) -> Result<PathBuf> {
+    let unpacked = cache.join("agent");
+    if !unpacked.is_dir() {
+        unpack(cache, "qemu-guest-agent", &unpacked)?;
+    }
+    Ok(unpacked)
+}
+
+/// A Debian package's files, in a directory that is there only when they all are.
+fn unpack(cache: &Path, package: &str, into: &Path) -> Result<()> {
+    let download = cache.join("download");
+    let _ = fs::remove_dir_all(&download);
+    fs::create_dir_all(&download)?;
+    run(Command::new("apt-get").args(["download", package]).current_dir(&download))?;
+    let file = only_entry(&download)?;
+    let partial = into.with_extension("partial");
+    let _ = fs::remove_dir_all(&partial);
+    run(Command::new("dpkg").arg("-x").arg(download.join(file)).arg(&partial))?;
+    let _ = fs::remove_dir_all(&download);
+    fs::rename(&partial, into)?;
+    Ok(())
 }
 
 fn only_entry(directory: &Path) -> Result<String> {
@@ -147,7 +204,13 @@ fn build_static(cache: &Path, what: &[&str], built: &str) -> Result<PathBuf> {
     Ok(directory.join(target).join("release").join(built))
 }
 
-fn write_initramfs(path: &Path, modules: &Path, name: &str, program: &Path) -> Result<()> {
+fn write_initramfs(
+    path: &Path,
+    modules: &Path,
+    name: &str,
+    program: &Path,
+    agent: Option<&Path>,
+) -> Result<()> {
     let mut archive = Cpio { file: std::io::BufWriter::new(File::create(path)?), inode: 1 };
     for directory in ["bin", "modules", "dev", "proc", "sys", "tmp"] {
         archive.entry(directory, 0o040_755, &[])?;
@@ -163,11 +226,30 @@ fn write_initramfs(path: &Path, modules: &Path, name: &str, program: &Path) -> R
     archive.entry(name, 0o100_755, &fs::read(program)?)?;
     let mut order = String::new();
     let mut done = BTreeSet::new();
-    for module in MODULES {
+    let more = if agent.is_some() { FILE_SYSTEM_MODULES } else { &[] };
+    for module in MODULES.iter().chain(more) {
         add_module(&mut archive, modules, module, &mut done, &mut order)?;
+    }
+    if let Some(agent) = agent {
+        archive.entry("agent", 0o100_755, AGENT.as_bytes())?;
+        archive.entry("qemu-ga", 0o100_755, &fs::read(agent)?)?;
+        archive.entry("lib64", 0o040_755, &[])?;
+        add_libraries(&mut archive, agent)?;
     }
     archive.entry("modules/order", 0o100_644, order.as_bytes())?;
     archive.finish()
+}
+
+/// This machine's libraries that a program needs, and their loader.
+fn add_libraries(archive: &mut Cpio, program: &Path) -> Result<()> {
+    let needed = run(Command::new("ldd").arg(program))?;
+    let paths = needed.split_whitespace().filter(|word| word.starts_with('/'));
+    for path in paths.map(Path::new) {
+        let name = path.file_name().context("a library without a name")?.to_string_lossy();
+        archive.entry(&format!("lib64/{name}"), 0o100_755, &fs::read(path)?)?;
+    }
+    ensure!(!needed.contains("not found"), "the guest agent needs libraries that are not here: {needed}");
+    Ok(())
 }
 
 /// A module after those it needs, which it names itself (`depends=` in its `.modinfo`).

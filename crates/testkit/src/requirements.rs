@@ -35,6 +35,7 @@ pub const REQUIREMENTS: &[Requirement] = &[
     needs("restic", "restic", "reads repositories as others do"),
     needs("python3", "python3", "the example providers"),
     needs("losetup", "mount", "block devices for providers"),
+    needs("mkfs.ext4", "e2fsprogs", "a file system in a guest, and its check"),
     needs("busybox", "busybox-static", "the guest's user land"),
     needs("dpkg-deb", "dpkg", "unpacks the guest's kernel"),
     needs("xz", "xz-utils", "unpacks the guest's drivers"),

@@ -114,7 +114,7 @@ impl Guest {
         let layout = Layout {
             seed: spec.seed,
             per_disk: spec.streams,
-            disk_blocks: self.disks.iter().map(|disk| disk.size / BLOCK as u64).collect(),
+            disk_blocks: self.stamped_disks().map(|disk| disk.size / BLOCK as u64).collect(),
             span: spec.span,
         };
         let storm = Storm { layout, run, spec };
@@ -140,7 +140,7 @@ impl Guest {
             Durable::All => "all",
         };
         let from = if acked.is_empty() { "-".to_owned() } else { join(acked, ",") };
-        let sizes: Vec<u64> = self.disks.iter().map(|disk| disk.size / 512 * 512).collect();
+        let sizes: Vec<u64> = self.stamped_disks().map(|disk| disk.size / 512 * 512).collect();
         let (run, sizes) = (storm.run, join(&sizes, " "));
         self.ask(&format!("start {run} {seed} {streams} {span} {rate} {durable} {from} {sizes}")).map(|_| ())
     }

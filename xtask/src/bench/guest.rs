@@ -123,7 +123,16 @@ pub(super) fn measure(qemu: &Qemu, work: &Path, scale: &Scale, report: &mut Repo
         &["load", "while", "s", "writes/s", "write p50", "p99", "p99.9", "longest", "read p50", "p99", "longest"],
         lines,
     );
-    pauses(&mut guest, &tool, &target, scale, report)
+    pauses(&mut guest, &tool, &target, scale, report)?;
+    let lines = with_and_without_discards(&mut guest, &tool, &target, scale, report)?;
+    report.table(
+        "With and without fleecing discards",
+        "Full backups of the same guest at full speed, in turns: old data is given back as soon as it is stored (`fleecing.discard`, which is so unless configured), or stays until the end. Milliseconds; medians of all backups.".into(),
+        &["discards", "backups", "s", "writes/s", "write p50", "p99", "longest", "fleecing peak, MiB", "most"],
+        lines,
+    );
+    guest.kill()?;
+    freezes(qemu, work, scale, report)
 }
 
 fn line(load: &str, phase: &str, felt: &Felt) -> Vec<String> {
@@ -191,6 +200,120 @@ impl Load<'_> {
     }
 }
 
+/// What it is worth to give old data back early.
+fn with_and_without_discards(
+    guest: &mut Guest,
+    tool: &Tool,
+    target: &str,
+    scale: &Scale,
+    report: &mut Report,
+) -> Result<Vec<Vec<String>>> {
+    println!("== with and without fleecing discards");
+    guest.start_storm_with(StormSpec::new(79))?;
+    guest.await_writes(200)?;
+    let mut all: [(Felt, Vec<f64>, Vec<f64>); 2] = Default::default();
+    let config = guest.work().join("discards.toml");
+    for round in 0..=scale.rounds {
+        for (discard, (felt, seconds, peaks)) in [true, false].into_iter().zip(&mut all) {
+            let text = format!("[vm.vm]\nqmp = {:?}\nfleecing.discard = {discard}\n", guest.qmp());
+            std::fs::write(&config, text)?;
+            let line = ["--config", &config.display().to_string(), "backup", "vm", "--to", target];
+            guest.latency()?;
+            let began = Instant::now();
+            let summary = tool.run(line.iter().chain(&["--full", "--json"]))?.json()?;
+            let took = began.elapsed().as_secs_f64();
+            let writes = guest.latency()?;
+            // The first of each warms up.
+            if round > 0 {
+                felt.writes.add(&writes);
+                felt.seconds += took;
+                seconds.push(took);
+                peaks.push(fleecing_peak(&summary)?);
+            }
+        }
+    }
+    let counts = guest.stop_storm()?;
+    ensure!(counts.errors == 0, "the guest saw an I/O error");
+    let [with, without] = &all;
+    let ratio = median(&without.2) / median(&with.2).max(0.1);
+    report.ratios.insert("fleecing peak, full speed: without discards / with".into(), ratio);
+    let line = |name: &str, (felt, seconds, peaks): &(Felt, Vec<f64>, Vec<f64>)| {
+        let ms = |time: Duration| format!("{:.1}", time.as_secs_f64() * 1000.0);
+        vec![
+            name.to_owned(),
+            seconds.len().to_string(),
+            format!("{:.2}", median(seconds)),
+            format!("{:.0}", felt.writes.operations() as f64 / felt.seconds),
+            ms(felt.writes.quantile(500)),
+            ms(felt.writes.quantile(990)),
+            ms(felt.writes.longest()),
+            format!("{:.1}", median(peaks)),
+            format!("{:.1}", most(peaks)),
+        ]
+    };
+    Ok(vec![line("yes", with), line("no", without)])
+}
+
+/// How long the file systems of a guest are frozen.
+fn freezes(qemu: &Qemu, work: &Path, scale: &Scale, report: &mut Report) -> Result<()> {
+    println!("== freezing");
+    let guest = GuestBuilder::new(qemu.clone())
+        .disk(DiskSpec::new("vda", 256 * MIB))
+        .disk(DiskSpec::new("vdb", 512 * MIB).ext4())
+        .disk(DiskSpec::new("vdc", 128 * MIB))
+        .agent()
+        .boot()?;
+    guest.await_agent()?;
+    let tool = Tool::new(workspace().join("target/release/stillpoint"), guest.work());
+    let (config, target) = (guest.work().join("freeze.toml"), work.join("frozen-points"));
+    std::fs::create_dir(&target)?;
+    std::fs::write(&config, format!("[vm.vm]\nqmp = {:?}\nagent = {:?}\n", guest.qmp(), guest.agent()))?;
+    let (mut freezes, mut pauses) = (Vec::new(), Vec::new());
+    for _ in 0..scale.pauses {
+        let summary = tool
+            .run([
+                "--config",
+                &config.display().to_string(),
+                "backup",
+                "vm",
+                "--to",
+                &target.display().to_string(),
+                "--json",
+            ])?
+            .json()?;
+        let consistency = summary.get("consistency").and_then(Value::as_str);
+        ensure!(consistency == Some("file-system-consistent"), "{summary}");
+        let ms = |name: &str| summary.get(name).and_then(Value::as_f64).with_context(|| format!("no {name}"));
+        freezes.push(ms("freeze_ms")?);
+        pauses.push(ms("pause_ms")?);
+    }
+    println!("   median {:.0} ms", median(&freezes));
+    report.ratios.insert("freeze, ms, median".into(), median(&freezes));
+    report.table(
+        "The freeze",
+        "Incremental backups of a guest with QEMU's guest agent and an ext4 file system to which it writes files without pause. The time is from asking for the freeze until the thaw is answered; most of it is the guest writing out what it has cached, before it is frozen.".into(),
+        &["backups", "freeze to thaw ms, median", "most", "of it the pause, median", "most"],
+        vec![vec![
+            freezes.len().to_string(),
+            format!("{:.1}", median(&freezes)),
+            format!("{:.1}", most(&freezes)),
+            format!("{:.1}", median(&pauses)),
+            format!("{:.1}", most(&pauses)),
+        ]],
+    );
+    Ok(())
+}
+
+fn most(values: &[f64]) -> f64 {
+    values.iter().copied().fold(0.0, f64::max)
+}
+
+/// MiB that were kept aside at the most.
+fn fleecing_peak(summary: &Value) -> Result<f64> {
+    let peak = summary.get("fleecing_peak_bytes").and_then(Value::as_f64).context("no peak")?;
+    Ok(peak / MIB as f64)
+}
+
 /// How long the guest stands still, and how much old data is kept aside.
 fn pauses(guest: &mut Guest, tool: &Tool, target: &str, scale: &Scale, report: &mut Report) -> Result<()> {
     println!("== pauses");
@@ -204,11 +327,9 @@ fn pauses(guest: &mut Guest, tool: &Tool, target: &str, scale: &Scale, report: &
             let summary = tool.backup("vm", &qmp, Path::new(target), &[])?;
             written.push((guest.counts()?.writes - before) as f64);
             pauses.push(summary.get("pause_ms").and_then(Value::as_f64).context("no pause_ms")?);
-            let peak = summary.get("fleecing_peak_bytes").and_then(Value::as_f64).context("no peak")?;
-            fleecing.push(peak / MIB as f64);
+            fleecing.push(fleecing_peak(&summary)?);
         }
         guest.stop_storm()?;
-        let most = |values: &[f64]| values.iter().copied().fold(0.0, f64::max);
         println!("   {load}: median {:.1} ms", median(&pauses));
         report.ratios.insert(format!("pause with 3 disks, {load}, ms, median"), median(&pauses));
         lines.push(vec![

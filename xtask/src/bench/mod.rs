@@ -72,7 +72,7 @@ pub(crate) struct Scale {
 }
 
 const FULL: Scale = Scale {
-    disk: 2 * GIB,
+    disk: 4 * GIB,
     rounds: 5,
     sizes: &[16, 64, 256, 1024, 4096],
     counts: &[1, 2, 4, 8],

@@ -97,7 +97,7 @@ async fn scene() -> Option<Scene> {
         name: "vda".parse().unwrap(),
         size,
         dirty: None,
-        discards: Mutex::new(DiscardPlanner::new(Granularity::DEFAULT, size)),
+        discards: Some(Mutex::new(DiscardPlanner::new(Granularity::DEFAULT, size))),
         image: Some(Arc::new(opened)),
         proof: Some(Arc::new(Proof::new(data.clone(), Arc::clone(&fleecing), size))),
         fleecing: Some(Arc::clone(&fleecing)),
