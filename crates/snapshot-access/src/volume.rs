@@ -98,12 +98,12 @@ impl AccessVolume {
             let parts = self.dirty_map(at).await?;
             for part in &parts {
                 if part.kind == ExtentKind::Clean {
-                    self.discard(part.range).await?;
+                    self.discard(|planner| planner.release(part.range)).await?;
                 }
             }
             at = parts.last().map_or(Offset::new(self.size.get()), |part| part.range.end());
         }
-        Ok(())
+        self.discard(DiscardPlanner::flush).await
     }
 
     /// How much the bitmap calls dirty (all of it without one). Walks the whole map, which is also the proof that it
@@ -205,14 +205,17 @@ impl AccessVolume {
         }
     }
 
-    async fn discard(&self, range: Range) -> Result<()> {
+    /// Discards what `planned` says.
+    async fn discard(&self, planned: impl FnOnce(&mut DiscardPlanner) -> Vec<Range>) -> Result<()> {
         let Some(discards) = self.discards.as_ref().filter(|_| self.fleecing.is_some()) else {
             return Ok(());
         };
-        let discard = discards.lock().unwrap_or_else(PoisonError::into_inner).release(range);
-        let Some(discard) = discard else { return Ok(()) };
-        let trimmed = self.unless_stopped(self.data.trim(discard)).await?;
-        trimmed.map_err(|error| self.unreadable("discard old data of", Some(discard)).because(error))
+        let planned = planned(&mut discards.lock().unwrap_or_else(PoisonError::into_inner));
+        for discard in planned {
+            let trimmed = self.unless_stopped(self.data.trim(discard)).await?;
+            trimmed.map_err(|error| self.unreadable("discard old data of", Some(discard)).because(error))?;
+        }
+        Ok(())
     }
 
     async fn unless_stopped<T>(&self, work: impl Future<Output = T>) -> Result<T> {
@@ -349,7 +352,7 @@ impl VolumeSource for AccessVolume {
     }
 
     async fn release(&self, range: Range) -> Result<()> {
-        self.discard(range).await?;
+        self.discard(|planner| planner.release(range)).await?;
         self.passed.fetch_add(range.length().get(), Ordering::Relaxed);
         Ok(())
     }
