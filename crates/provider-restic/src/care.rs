@@ -8,6 +8,7 @@ use crate::{
     provider::ResticProvider,
     repository::{Repository, key_options},
     snapshot::{self, Found},
+    steps::Steps,
     store::Folder,
 };
 use rustic_core::{KeepOptions, LimitOption, PruneOptions, repofile::SnapshotFile};
@@ -121,15 +122,15 @@ impl ResticProvider {
         kept
     }
 
-    /// Removes what no snapshot needs.
+    /// Removes what no snapshot needs, and tells `steps` what it does.
     ///
     /// # Errors
     /// If the repository is in use, damaged, or refuses.
-    pub async fn prune(&self, dry_run: bool) -> Result<Pruned> {
+    pub async fn prune(&self, dry_run: bool, steps: Arc<dyn Steps>) -> Result<Pruned> {
         let repository = self.repository().await?;
         let lock = if dry_run { None } else { Some(alone(&repository).await?) };
         let opened = Arc::clone(&repository);
-        let pruned = blocking(move || prune(&opened, !dry_run)).await;
+        let pruned = blocking(move || opened.watcher.hears(steps, || prune(&opened, !dry_run))).await;
         if let Some(lock) = lock {
             lock.release().await;
         }

@@ -31,6 +31,7 @@ mod restore;
 #[allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests: a panic is a failed test")]
 mod scale;
 mod snapshot;
+mod steps;
 mod store;
 mod tree;
 mod verify;
@@ -38,3 +39,4 @@ mod verify;
 pub use care::{Kept, Key, Pruned, Retention};
 pub use password::PasswordSource;
 pub use provider::{ResticProvider, Settings};
+pub use steps::Steps;

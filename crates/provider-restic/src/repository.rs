@@ -6,6 +6,7 @@ use crate::{
     error::{damaged, rustic, stored},
     index::Location,
     password::Password,
+    steps::Watcher,
     store::{self, Files, Folder, Store},
 };
 use bytes::Bytes;
@@ -26,15 +27,17 @@ pub(crate) struct Repository {
     pub compress: bool,
     /// Its id: 64 hex digits.
     pub id: String,
+    /// Who hears of what rustic does.
+    pub watcher: Watcher,
     /// For what rustic does.
     pub rustic: rustic_core::Repository<OpenStatus>,
 }
 
-fn closed(store: &Arc<dyn Store>) -> Result<rustic_core::Repository<()>> {
+fn closed(store: &Arc<dyn Store>, watcher: &Watcher) -> Result<rustic_core::Repository<()>> {
     let backends = RepositoryBackends::new(Arc::new(Files(Arc::clone(store))), None);
     // Nothing of a repository is left in the home directory of whoever runs a backup.
     let options = RepositoryOptions::default().no_cache(true);
-    rustic_core::Repository::new(&options, &backends)
+    rustic_core::Repository::new_with_progress(&options, &backends, watcher.clone())
         .map_err(|error| rustic("cannot use the repository", &error))
 }
 
@@ -60,7 +63,8 @@ impl Repository {
         if config.is_empty() {
             return Err(Error::new(ErrorKind::TargetMissing, format!("there is no repository at {place}")));
         }
-        let opened = closed(&store)?.open(&Credentials::password(password.expose()));
+        let watcher = Watcher::default();
+        let opened = closed(&store, &watcher)?.open(&Credentials::password(password.expose()));
         let opened = opened.map_err(|error| match error.is_incorrect_password() {
             true => Error::new(
                 ErrorKind::TargetMissing,
@@ -69,7 +73,7 @@ impl Repository {
             false => Error::new(ErrorKind::Damaged, format!("cannot open repository {place}"))
                 .because(crate::error::in_one_line(&*error)),
         })?;
-        Self::over(store, opened)
+        Self::over(store, watcher, opened)
     }
 
     /// Makes a new repository at `location`, where there must be none.
@@ -90,17 +94,22 @@ impl Repository {
                 ));
             }
         }
-        let made = closed(&store)?.init(
+        let watcher = Watcher::default();
+        let made = closed(&store, &watcher)?.init(
             &Credentials::password(password.expose()),
             &key_options(),
             &ConfigOptions::default(),
         );
         let made = made.map_err(|error| rustic(&format!("cannot create a repository at {place}"), &error))?;
         store.sync().map_err(|error| stored("the new repository is not durable", error))?;
-        Self::over(store, made)
+        Self::over(store, watcher, made)
     }
 
-    fn over(store: Arc<dyn Store>, rustic: rustic_core::Repository<OpenStatus>) -> Result<Self> {
+    fn over(
+        store: Arc<dyn Store>,
+        watcher: Watcher,
+        rustic: rustic_core::Repository<OpenStatus>,
+    ) -> Result<Self> {
         let key = rustic.key();
         let (version, id) = (rustic.config().version, rustic.config().id.to_hex().to_string());
         if !(1..=2).contains(&version) {
@@ -111,6 +120,7 @@ impl Repository {
             key: Key::new(&key.encrypt, &key.mac.k, &key.mac.r)?,
             compress: version == 2,
             id,
+            watcher,
             rustic,
         })
     }

@@ -2,9 +2,13 @@
 
 use crate::text;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::time::Duration;
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 use stillpoint_model::{Length, VmName};
 use stillpoint_provider::Progress;
+use stillpoint_provider_restic::Steps;
 use stillpoint_snapshot_access::SnapshotAccess;
 
 /// How often the line is drawn.
@@ -12,8 +16,12 @@ const REDRAW: Duration = Duration::from_millis(200);
 
 fn bar(shown: bool, template: &str) -> ProgressBar {
     let target = if shown { ProgressDrawTarget::stderr_with_hz(5) } else { ProgressDrawTarget::hidden() };
+    ProgressBar::with_draw_target(None, target).with_style(style(template))
+}
+
+fn style(template: &str) -> ProgressStyle {
     let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
-    ProgressBar::with_draw_target(None, target).with_style(style.progress_chars("=> "))
+    style.progress_chars("=> ")
 }
 
 /// The progress of a backup.
@@ -91,5 +99,50 @@ impl Progress for BytesProgress {
 
     fn advanced(&self, bytes: Length) {
         self.0.inc(bytes.get());
+    }
+}
+
+const STEP: &str = "{prefix} [{bar:28}]  {msg}";
+const STEP_OF_THINGS: &str = "{prefix} [{bar:28}] {percent:>3} %  {msg}, {pos} of {len}, {eta} left";
+const STEP_OF_BYTES: &str =
+    "{prefix} [{bar:28}] {percent:>3} %  {msg}, {binary_bytes}, {binary_bytes_per_sec}, {eta} left";
+
+/// The progress of work in steps, each of which begins anew.
+pub(crate) struct StepsProgress {
+    bar: ProgressBar,
+    bytes: AtomicBool,
+}
+
+impl StepsProgress {
+    /// A line that begins with `what`.
+    pub(crate) fn start(shown: bool, what: impl Into<String>) -> Self {
+        let bar = bar(shown, STEP);
+        bar.set_prefix(what.into());
+        Self { bar, bytes: AtomicBool::new(false) }
+    }
+
+    /// Takes the line away.
+    pub(crate) fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+impl Steps for StepsProgress {
+    fn begin(&self, what: &str, bytes: bool) {
+        self.bytes.store(bytes, Ordering::Relaxed);
+        self.bar.unset_length();
+        self.bar.set_style(style(STEP));
+        self.bar.set_message(what.to_owned());
+        self.bar.reset();
+    }
+
+    fn total(&self, count: u64) {
+        let template = if self.bytes.load(Ordering::Relaxed) { STEP_OF_BYTES } else { STEP_OF_THINGS };
+        self.bar.set_style(style(template));
+        self.bar.set_length(count);
+    }
+
+    fn advanced(&self, count: u64) {
+        self.bar.inc(count);
     }
 }

@@ -3,14 +3,16 @@
 use crate::{
     backup::provider_failure,
     cli,
+    commands::watched,
     config::Config,
     failure::{Exit, Failure, Guest},
+    progress::StepsProgress,
     text::{self, note, print},
 };
 use serde_json::json;
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 use stillpoint_model::Length;
-use stillpoint_provider_restic::{PasswordSource, Pruned, ResticProvider, Retention};
+use stillpoint_provider_restic::{PasswordSource, Pruned, ResticProvider, Retention, Steps};
 
 fn failed(error: &stillpoint_provider::Error) -> Failure {
     provider_failure(error, Guest::NotConcerned)
@@ -39,7 +41,7 @@ pub(crate) async fn forget(path: &Path, arguments: &cli::Forget) -> Result<Exit,
     })?;
     let forgotten = kept.iter().filter(|point| !point.keep).count();
     let pruned = match arguments.prune {
-        true => Some(repository.prune(false).await.map_err(|error| failed(&error))?),
+        true => Some(pruned(&repository, false).await?),
         false => None,
     };
     if arguments.json {
@@ -73,13 +75,20 @@ pub(crate) async fn forget(path: &Path, arguments: &cli::Forget) -> Result<Exit,
 /// If the target is no repository, or the repository refuses.
 pub(crate) async fn prune(path: &Path, arguments: &cli::Prune) -> Result<Exit, Failure> {
     let repository = Config::read(path)?.repository(arguments.target.as_deref(), path)?;
-    let pruned = repository.prune(arguments.dry_run).await.map_err(|error| failed(&error))?;
+    let pruned = pruned(&repository, arguments.dry_run).await?;
     if arguments.json {
         print(json!({"dry_run": arguments.dry_run, "pruned": pruned}));
     } else {
         tell(&pruned, arguments.dry_run);
     }
     Ok(Exit::Done)
+}
+
+async fn pruned(repository: &ResticProvider, dry_run: bool) -> Result<Pruned, Failure> {
+    let progress = Arc::new(StepsProgress::start(watched(), "prune"));
+    let pruned = repository.prune(dry_run, Arc::clone(&progress) as Arc<dyn Steps>).await;
+    progress.finish();
+    pruned.map_err(|error| failed(&error))
 }
 
 fn tell(pruned: &Pruned, dry_run: bool) {
