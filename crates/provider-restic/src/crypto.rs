@@ -78,7 +78,8 @@ fn parts(sealed: &mut [u8]) -> Option<(&mut [u8], &mut [u8], &mut [u8])> {
     Some((nonce, text, tag))
 }
 
-fn random(bytes: &mut [u8]) -> Result<()> {
+/// Fills `bytes` from the kernel.
+pub(crate) fn random(bytes: &mut [u8]) -> Result<()> {
     let mut filled = 0;
     while let Some(rest) = bytes.get_mut(filled..).filter(|rest| !rest.is_empty()) {
         let got = rustix::rand::getrandom(rest, rustix::rand::GetRandomFlags::empty()).map_err(|error| {

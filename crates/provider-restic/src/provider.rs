@@ -85,8 +85,7 @@ impl ResticProvider {
 #[async_trait]
 impl Provider for ResticProvider {
     fn name(&self) -> String {
-        let location = crate::store::open(&self.settings.repository).map(|store| store.location());
-        format!("restic repository {}", location.unwrap_or_else(|_| "of an unknown kind".to_owned()))
+        format!("restic repository {}", crate::store::shown(&self.settings.repository))
     }
 
     async fn job_init(&self) -> Result<TargetId> {

@@ -5,6 +5,7 @@
 
 mod local;
 mod object;
+mod rest;
 mod rustic;
 
 pub(crate) use rustic::Files;
@@ -86,19 +87,31 @@ pub(crate) trait Store: Send + Sync {
     fn sync(&self) -> io::Result<()>;
 }
 
-/// Opens the store at a location as restic writes it: a path, `s3:https://host/bucket/path`, `sftp:user@host:/path`.
+/// Opens the store at a location as restic writes it: a path, `s3:https://host/bucket/path`, `sftp:user@host:/path`,
+/// `rest:https://host/path`, `rclone:remote:path`.
 pub(crate) fn open(location: &str) -> Result<Arc<dyn Store>> {
     match location.split_once(':') {
         Some(("s3", rest)) => Ok(Arc::new(object::ObjectStore::s3(rest)?)),
         Some(("sftp", rest)) => Ok(Arc::new(object::ObjectStore::sftp(rest)?)),
+        Some(("rest", rest)) => Ok(Arc::new(rest::RestStore::rest(rest)?)),
+        Some(("rclone", remote)) => Ok(Arc::new(rest::RestStore::rclone(remote)?)),
         Some(("local", path)) => Ok(Arc::new(local::LocalStore::new(path.into()))),
         Some((scheme, _)) if !scheme.contains('/') => Err(Error::new(
             ErrorKind::TargetMissing,
             format!(
-                "there is no way to a repository at {location:?}: it is a path, s3:https://HOST/BUCKET[/PATH] or sftp:[USER@]HOST:/PATH"
+                "there is no way to a repository at {location:?}: it is a path, s3:https://HOST/BUCKET[/PATH], sftp:[USER@]HOST:/PATH, rest:https://HOST[:PORT]/[PATH] or rclone:REMOTE:PATH"
             ),
         )),
         _ => Ok(Arc::new(local::LocalStore::new(location.into()))),
+    }
+}
+
+/// A location for messages, without credentials that it should not have.
+pub(crate) fn shown(location: &str) -> String {
+    match location.split_once(':') {
+        Some(("s3" | "sftp" | "rest", _)) => object::without_credentials(location),
+        Some(("local", path)) => path.to_owned(),
+        _ => location.to_owned(),
     }
 }
 

@@ -33,6 +33,7 @@ pub const REQUIREMENTS: &[Requirement] = &[
     needs("/usr/share/OVMF/OVMF_VARS_4M.fd", "ovmf", "firmware that writes UEFI variables"),
     needs("borg", "borgbackup", "an example provider keeps points with it"),
     needs("restic", "restic", "reads repositories as others do"),
+    needs("rclone", "rclone", "a server that a repository is behind"),
     needs("python3", "python3", "the example providers"),
     needs("losetup", "mount", "block devices for providers"),
     needs("mkfs.ext4", "e2fsprogs", "a file system in a guest, and its check"),

@@ -106,7 +106,7 @@ fn opening(location: &str, error: &opendal::Error) -> Error {
 }
 
 /// A location to show: what stands in front of an `@` might be a password.
-fn without_credentials(location: &str) -> String {
+pub(super) fn without_credentials(location: &str) -> String {
     match location.rsplit_once('@') {
         Some((before, host)) => {
             let scheme = before.split_once("://").map_or("", |(scheme, _)| scheme);
