@@ -66,7 +66,10 @@ fn look(process: u32, most: &mut BTreeMap<u32, u64>) {
     let Ok(threads) = fs::read_dir(place.join("task")) else { return };
     for thread in threads.flatten() {
         let children = fs::read_to_string(thread.path().join("children")).unwrap_or_default();
-        children.split_whitespace().filter_map(|child| child.parse().ok()).for_each(|child| look(child, most));
+        children
+            .split_whitespace()
+            .filter_map(|child| child.parse().ok())
+            .for_each(|child| look(child, most));
     }
 }
 
