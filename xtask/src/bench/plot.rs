@@ -145,17 +145,23 @@ fn latency(timeline: &Timeline) -> String {
     let x = |second: f64| LEFT + second / end * (WIDTH - LEFT - 14.0);
     let axis = Log::around(timeline.points.iter().flat_map(|point| [point.1, point.3]));
     let mut body = String::new();
-    for (name, from, to) in &timeline.backups {
+    let mut labels = String::new();
+    for (index, (name, from, to)) in timeline.backups.iter().enumerate() {
+        let fill = if name == "full" { "#fbeecb" } else { "#d9ead3" };
         let _ = writeln!(
             body,
-            "<rect x='{:.1}' y='{TOP}' width='{:.1}' height='{}' fill='#fbeecb'/><text x='{:.1}' y='{}' fill='#8a6d1d'>{name}</text>",
+            "<rect x='{:.1}' y='{TOP}' width='{:.1}' height='{}' fill='{fill}'/>",
             x(*from),
             (x(*to) - x(*from)).max(1.0),
             HEIGHT - BOTTOM - TOP,
-            x(*from) + 3.0,
-            TOP + 14.0
         );
+        // The others are told by their colour.
+        if !timeline.backups.iter().take(index).any(|(before, ..)| before == name) {
+            let (x, y) = (x(*from) + 3.0, TOP + 14.0);
+            let _ = writeln!(labels, "<text x='{x:.1}' y='{y}' fill='#555'>{name}</text>");
+        }
     }
+    body += &labels;
     y_axis(&mut body, &axis, "ms");
     let y = |value: f64| HEIGHT - BOTTOM - axis.at(value) * (HEIGHT - BOTTOM - TOP);
     line(&mut body, timeline.points.iter().map(|point| (x(point.0), y(point.3))), OTHERS, 1.2);
@@ -212,5 +218,5 @@ fn curves(curves: &[Curve]) -> String {
     let _ =
         writeln!(body, "<text x='{}' y='{}' text-anchor='middle'>{axis}</text>", WIDTH / 2.0, HEIGHT - 10.0);
     legend(&mut body, &names);
-    svg(HEIGHT, "Incremental backup of 64 MiB that changed", &body)
+    svg(HEIGHT, "Incremental backup of 256 MiB that changed", &body)
 }
