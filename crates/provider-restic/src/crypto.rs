@@ -13,6 +13,10 @@ use stillpoint_provider::{Error, ErrorKind, Result};
 /// Bytes that encryption adds: a nonce in front and an authentication code behind.
 pub(crate) const OVERHEAD: usize = 32;
 const HALF: usize = 16;
+/// Memory for a blob of the disks that are so large that their chunks are of more than a MiB.
+const LARGE: usize = 2 << 20;
+/// What a file may say of its own length and be believed, before it was read.
+const TRUSTED: u64 = 64 << 20;
 /// First byte of a compressed file (repository format 2).
 const COMPRESSED: u8 = 2;
 /// zstd's fastest ordinary level. See ADR 0016.
@@ -67,7 +71,11 @@ impl Key {
 
     /// Decrypts and authenticates.
     pub(crate) fn decrypt(&self, sealed: &[u8]) -> Result<Vec<u8>> {
-        self.open(&mut sealed.to_vec()).map(<[u8]>::to_vec)
+        let mut sealed = sealed.to_vec();
+        let length = self.open(&mut sealed)?.len();
+        sealed.truncate(HALF.saturating_add(length));
+        sealed.drain(..HALF);
+        Ok(sealed)
     }
 }
 
@@ -139,10 +147,14 @@ pub(crate) fn seal_blob(key: &Key, compress: bool, content: &[u8]) -> Result<Sea
     }
     let length = packed.unwrap_or(content.len()).saturating_add(OVERHEAD);
     key.seal(room.get_mut(..length).unwrap_or_default())?;
-    Ok(SealedBlob {
-        bytes: buffer::freeze(room).slice(..length),
-        uncompressed: packed.and_then(|_| u32::try_from(content.len()).ok()),
-    })
+    let whole = buffer::freeze(room);
+    // A large room that is mostly empty is for the next blob, rather than to wait with this one for its turn.
+    let bytes = if whole.len() > LARGE && length < whole.len() / 2 {
+        Bytes::copy_from_slice(whole.get(..length).unwrap_or_default())
+    } else {
+        whole.slice(..length)
+    };
+    Ok(SealedBlob { bytes, uncompressed: packed.and_then(|_| u32::try_from(content.len()).ok()) })
 }
 
 /// Undoes [`seal_blob`]; never more than `uncompressed` bytes come out. They begin on a page if they are many.
@@ -191,7 +203,9 @@ pub(crate) fn open_file(key: &Key, sealed: &[u8], most: u64) -> Result<Vec<u8>> 
     let text = key.decrypt(sealed)?;
     match text.split_first() {
         Some((&COMPRESSED, packed)) => {
-            let mut json = Vec::new();
+            // Most frames tell: an index has some megabytes, and the growth of a vector would want twice as many.
+            let told = zstd::zstd_safe::get_frame_content_size(packed).ok().flatten().unwrap_or(0);
+            let mut json = Vec::with_capacity(usize::try_from(told.min(most).min(TRUSTED)).unwrap_or(0));
             let unpacked = zstd::stream::read::Decoder::new(packed)
                 .and_then(|decoder| decoder.take(most).read_to_end(&mut json));
             unpacked.map_err(|error| damaged("cannot be decompressed").because(error))?;

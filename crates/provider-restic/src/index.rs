@@ -22,8 +22,8 @@ use stillpoint_provider::Result;
 
 /// Most bytes of an index file once it is unpacked; those that programs write have some megabytes.
 const LARGEST: u64 = 1 << 30;
-/// Index files read at once: on object stores each is a round trip.
-const READERS: usize = 4;
+/// Index files read at once: on object stores each is a round trip. Each is some 20 MB of memory.
+const READERS: usize = 2;
 /// Blobs are found by so many parts of 64 Ki ids that the table grows by small steps and holds little that is unused.
 const BUCKETS: usize = 1024;
 const GROWTH: usize = 256;

@@ -22,7 +22,7 @@ use stillpoint_provider::{Error, ErrorKind, Result};
 use tokio::task::JoinSet;
 
 /// A pack is written once it has so many bytes. Few large files suit object stores, and `fsync`.
-const PACK_SIZE: usize = 32 << 20;
+const PACK_SIZE: usize = 16 << 20;
 /// Less than this waits for what is added at the end, rather than to be a file of its own.
 const LITTLE: usize = 4 << 20;
 /// Packs being written at once, which are held in memory.
@@ -246,6 +246,8 @@ impl Saver {
         while !self.writes.is_empty() {
             self.one_written().await?;
         }
+        // The lists of the disks' chunks come next, and want as much.
+        self.spare.clear();
         Ok(())
     }
 

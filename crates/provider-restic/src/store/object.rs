@@ -18,7 +18,7 @@ use stillpoint_provider::{Error, ErrorKind, Result};
 /// Tries of each request after the first, with pauses that grow to [`LONGEST_PAUSE`]: some half a minute in all.
 const TRIES: usize = 5;
 const LONGEST_PAUSE: Duration = Duration::from_secs(8);
-/// A request without any answer for so long is tried again. A pack of 32 MiB takes this at 3 Mbit/s.
+/// A request without any answer for so long is tried again. A pack of 16 MiB takes this at 1.5 Mbit/s.
 const TIMEOUT: Duration = Duration::from_secs(90);
 /// Between two pieces of an answer.
 const QUIET: Duration = Duration::from_secs(90);

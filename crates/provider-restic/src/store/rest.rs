@@ -21,7 +21,7 @@ use tokio::runtime::Handle;
 const TRIES: u32 = 5;
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(8);
-/// A request that is not answered whole within this is tried again. A pack of 32 MiB takes this at 3 Mbit/s.
+/// A request that is not answered whole within this is tried again. A pack of 16 MiB takes this at 1.5 Mbit/s.
 const TIMEOUT: Duration = Duration::from_secs(90);
 /// What `rclone` may take until it serves: some remotes are asked first.
 const START: Duration = Duration::from_secs(60);
