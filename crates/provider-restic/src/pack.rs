@@ -246,8 +246,6 @@ impl Saver {
         while !self.writes.is_empty() {
             self.one_written().await?;
         }
-        // The lists of the disks' chunks come next, and want as much.
-        self.spare.clear();
         Ok(())
     }
 

@@ -1,4 +1,4 @@
-//! Where a repository's files are: a directory or an object store.
+//! Where a repository's files are: a directory, an object store, another host, behind a REST server.
 //!
 //! rustic's own back ends are not used for this, since they know nothing of lock files and write local files under
 //! their final name; see ADR 0015. [`Files`] lets rustic use ours.
@@ -11,8 +11,15 @@ mod rustic;
 pub(crate) use rustic::Files;
 
 use bytes::{Bytes, BytesMut};
-use std::{io, sync::Arc};
+use std::{io, sync::Arc, time::Duration};
 use stillpoint_provider::{Error, ErrorKind, Result};
+
+/// Tries of each request to another host after the first, with pauses that grow to [`LONGEST_PAUSE`]: some half a minute in
+/// all.
+const TRIES: usize = 5;
+const LONGEST_PAUSE: Duration = Duration::from_secs(8);
+/// A request without an answer for so long is tried again. A pack of 16 MiB takes this at 1.5 Mbit/s.
+const TIMEOUT: Duration = Duration::from_secs(90);
 
 /// A kind of file, which is a folder of the repository.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

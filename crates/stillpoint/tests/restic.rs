@@ -45,16 +45,9 @@ fn place(work: &Path, qmp: &Path) -> Place {
     place
 }
 
-/// A place with a repository that is not there yet. It tells all that it can.
+/// A place with a repository that is not there yet.
 fn configured(work: &Path, qmp: &Path, repository: &str) -> Place {
-    let password = work.join("password");
-    fs::write(&password, format!("{PASSWORD}\n")).unwrap();
-    fs::set_permissions(&password, fs::Permissions::from_mode(0o600)).unwrap();
-    let target =
-        format!("provider = \"restic\"\nrepository = \"{repository}\"\npassword-file = \"@/password\"");
-    let mut place = Place::new(work, qmp, &target);
-    place.tool = place.tool.env("STILLPOINT_LOG", "trace");
-    place
+    Place::with_repository(work, qmp, repository, PASSWORD)
 }
 
 fn repository(place: &Place) -> PathBuf {
@@ -517,11 +510,7 @@ fn an_object_store_that_is_down_costs_the_guest_nothing() {
 #[test]
 fn an_object_store_that_hangs_does_not_keep_a_run_that_is_interrupted() {
     let mut machine = machine();
-    let noise = machine.work().join("noise");
-    let urandom = fs::File::open("/dev/urandom").unwrap();
-    std::io::copy(&mut std::io::Read::take(urandom, 6 * MIB), &mut fs::File::create(&noise).unwrap())
-        .unwrap();
-    machine.disk_io("vda", &format!("write -s {} 0 6M", noise.display())).unwrap();
+    common::write_noise(&mut machine);
     let store = ObjectStore::start(&machine.work().join("store")).unwrap();
     let place = in_store(machine.work(), &machine.qmp(), &store);
     assert_eq!(place.run(&["target", "init", "main"]).status, 0);

@@ -1,6 +1,6 @@
 //! A repository in an object store or on another host, by `opendal`.
 
-use super::{Folder, Store, is_file_name};
+use super::{Folder, LONGEST_PAUSE, Store, TIMEOUT, TRIES, is_file_name};
 use bytes::{Buf as _, Bytes, BytesMut};
 use opendal::{
     ErrorKind as ObjectError, Operator, blocking,
@@ -15,11 +15,6 @@ use std::{
 use stillpoint_buffer as buffer;
 use stillpoint_provider::{Error, ErrorKind, Result};
 
-/// Tries of each request after the first, with pauses that grow to [`LONGEST_PAUSE`]: some half a minute in all.
-const TRIES: usize = 5;
-const LONGEST_PAUSE: Duration = Duration::from_secs(8);
-/// A request without any answer for so long is tried again. A pack of 16 MiB takes this at 1.5 Mbit/s.
-const TIMEOUT: Duration = Duration::from_secs(90);
 /// Between two pieces of an answer.
 const QUIET: Duration = Duration::from_secs(90);
 

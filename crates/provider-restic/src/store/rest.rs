@@ -1,15 +1,15 @@
 //! A repository behind restic's REST protocol (restic's documentation, "REST Backend"): a `rest-server`, or `rclone`, which
 //! is started for it.
 
-use super::{Folder, Store, is_file_name, not_found};
+use super::{Folder, LONGEST_PAUSE, Store, TIMEOUT, TRIES, is_file_name, not_found};
 use bytes::{Bytes, BytesMut};
-use reqwest::{Client, Method, StatusCode, Url, header};
+use reqwest::{Client, Method, StatusCode, Url, header, redirect};
 use serde::Deserialize;
 use std::{
     error::Error as _,
     io::{self, BufRead as _, BufReader},
-    process::{Child, Command, Stdio},
-    sync::mpsc,
+    process::{Child, ChildStderr, Command, Stdio},
+    sync::{Arc, OnceLock, mpsc},
     thread,
     time::Duration,
 };
@@ -17,14 +17,13 @@ use stillpoint_buffer as buffer;
 use stillpoint_provider::{Error, ErrorKind, Result};
 use tokio::runtime::Handle;
 
-/// Tries of each request after the first, with pauses that grow to [`LONGEST_PAUSE`]: some half a minute in all.
-const TRIES: u32 = 5;
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
-const LONGEST_PAUSE: Duration = Duration::from_secs(8);
-/// A request that is not answered whole within this is tried again. A pack of 16 MiB takes this at 1.5 Mbit/s.
-const TIMEOUT: Duration = Duration::from_secs(90);
 /// What `rclone` may take until it serves: some remotes are asked first.
 const START: Duration = Duration::from_secs(60);
+/// What it may take to end.
+const END: Duration = Duration::from_secs(5);
+/// Most bytes of an answer, whatever a server sends: more than any index, listing or pack has.
+const LARGEST: u64 = 1 << 30;
 /// The second version of the protocol, whose listings have sizes.
 const VERSION: &str = "application/vnd.x.restic.rest.v2";
 
@@ -36,7 +35,7 @@ pub(super) struct RestStore {
     base: Url,
     user: Option<(String, String)>,
     location: String,
-    _server: Option<Rclone>,
+    server: Option<Rclone>,
 }
 
 /// What a server answered.
@@ -45,6 +44,19 @@ struct Answer {
     length: Option<u64>,
     version: String,
     content: Bytes,
+}
+
+/// Why there is no answer.
+struct Unanswered {
+    why: String,
+    /// Whether there may be one a moment later.
+    of_the_moment: bool,
+}
+
+impl From<reqwest::Error> for Unanswered {
+    fn from(error: reqwest::Error) -> Self {
+        Self { why: told(error), of_the_moment: true }
+    }
 }
 
 /// What is asked for besides the path.
@@ -105,25 +117,37 @@ impl RestStore {
     ) -> Result<Self> {
         let failed = |what: &str| Error::new(ErrorKind::Io, format!("HTTP cannot be used: {what}"));
         let runtime = Handle::try_current().map_err(|_| failed("there is no runtime"))?;
-        let client = Client::builder().timeout(TIMEOUT).build().map_err(|error| failed(&told(error)))?;
-        Ok(Self { client, runtime, base, user, location, _server: server })
+        // A redirected POST becomes a GET, which stores nothing and may well be answered with 200.
+        let mut client = Client::builder().timeout(TIMEOUT).redirect(redirect::Policy::none());
+        if server.is_some() {
+            // It is on this host, whatever the environment says of proxies.
+            client = client.no_proxy();
+        }
+        let client = client.build().map_err(|error| failed(&told(error)))?;
+        Ok(Self { client, runtime, base, user, location, server })
     }
 
     /// Asks until there is an answer that is not about the moment.
     fn ask(&self, method: &Method, path: &str, asked: &Asked) -> io::Result<Answer> {
-        let failed = |why: String| io::Error::other(format!("{path}: {why}"));
         let ask = async {
             let mut pause = FIRST_PAUSE;
-            for _ in 0..TRIES {
+            for left in (0..=TRIES).rev() {
+                // Its port may be somebody else's by now.
+                if let Some(last) = self.server.as_ref().and_then(|server| server.ended.get()) {
+                    return Err(io::Error::other(format!("{path}: rclone ended: {last}")));
+                }
                 match self.ask_once(method, path, asked).await {
-                    Ok(answer) if !is_of_the_moment(answer.status) => return Ok(answer),
+                    Ok(answer) if left == 0 || !is_of_the_moment(answer.status) => return Ok(answer),
                     Ok(answer) => tracing::debug!(path, status = %answer.status, "trying again"),
-                    Err(why) => tracing::debug!(path, why, "trying again"),
+                    Err(error) if left == 0 || !error.of_the_moment => {
+                        return Err(io::Error::other(format!("{path}: {}", error.why)));
+                    }
+                    Err(error) => tracing::debug!(path, why = error.why, "trying again"),
                 }
                 tokio::time::sleep(pause).await;
                 pause = pause.saturating_mul(2).min(LONGEST_PAUSE);
             }
-            self.ask_once(method, path, asked).await.map_err(failed)
+            Err(io::Error::other(format!("{path}: no try is left")))
         };
         self.runtime.block_on(ask)
     }
@@ -133,8 +157,9 @@ impl RestStore {
         method: &Method,
         path: &str,
         asked: &Asked,
-    ) -> std::result::Result<Answer, String> {
-        let mut url = self.base.join(path).map_err(|error| error.to_string())?;
+    ) -> std::result::Result<Answer, Unanswered> {
+        let lasting = |why: String| Unanswered { why, of_the_moment: false };
+        let mut url = self.base.join(path).map_err(|error| lasting(error.to_string()))?;
         url.set_query(asked.query);
         let mut request = self.client.request(method.clone(), url).header(header::ACCEPT, VERSION);
         if let Some((user, password)) = &self.user {
@@ -146,13 +171,25 @@ impl RestStore {
         if let Some(content) = &asked.content {
             request = request.header(header::CONTENT_TYPE, "application/octet-stream").body(content.clone());
         }
-        let response = request.send().await.map_err(told)?;
+        let mut response = request.send().await?;
         let text = |name| response.headers().get(name).and_then(|value| value.to_str().ok());
         let (status, length) = (response.status(), text(header::CONTENT_LENGTH));
         let (length, version) =
             (length.and_then(|text| text.parse().ok()), text(header::CONTENT_TYPE).unwrap_or("").to_owned());
-        let content = response.bytes().await.map_err(told)?;
-        Ok(Answer { status, length, version, content })
+        let most = match (asked.range, status) {
+            (Some((first, last)), StatusCode::PARTIAL_CONTENT) => {
+                last.saturating_sub(first).saturating_add(1)
+            }
+            _ => LARGEST,
+        };
+        let mut content = BytesMut::new();
+        while let Some(piece) = response.chunk().await? {
+            content.extend_from_slice(&piece);
+            if content.len() as u64 > most {
+                return Err(lasting(format!("the server sends more than {most} bytes")));
+            }
+        }
+        Ok(Answer { status, length, version, content: content.freeze() })
     }
 
     /// The length of a file; `None` if it is not there.
@@ -160,7 +197,10 @@ impl RestStore {
         let answer = self.ask(&Method::HEAD, path, &Asked::default())?;
         match answer.status {
             StatusCode::NOT_FOUND => Ok(None),
-            status if status.is_success() => Ok(answer.length),
+            status if status.is_success() => match answer.length {
+                Some(length) => Ok(Some(length)),
+                None => Err(io::Error::other(format!("{path}: the server does not tell how long it is"))),
+            },
             status => Err(refused(path, status)),
         }
     }
@@ -321,9 +361,12 @@ const SERVE: &str = "rclone serve restic --addr 127.0.0.1:0 -- \"$1\" < /dev/nul
 
 /// An `rclone` that serves one remote to us, and to nobody who does not know this password.
 struct Rclone {
-    child: Child,
+    /// The shell around it.
+    child: Option<Child>,
     user: String,
     password: String,
+    /// Its last words, when it has ended.
+    ended: Arc<OnceLock<String>>,
 }
 
 impl Rclone {
@@ -340,27 +383,45 @@ impl Rclone {
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()?;
-        let lines = child.stderr.take().map(BufReader::new);
-        let server = Self { child, user, password };
+        let says = child.stderr.take();
+        let server = Self { child: Some(child), user, password, ended: Arc::default() };
         let (tell, told) = mpsc::channel();
+        let ended = Arc::clone(&server.ended);
         thread::spawn(move || {
-            let mut last = String::new();
-            for line in lines.into_iter().flat_map(BufReader::lines).map_while(io::Result::ok) {
-                tracing::debug!(line, "rclone");
-                if let Some(url) = address(&line) {
-                    let _ = tell.send(Ok(url));
-                } else {
-                    last = line;
-                }
-            }
-            let _ = tell.send(Err(last));
+            let last = says.map(|says| listen(says, &tell)).unwrap_or_default();
+            let _ = ended.set(last);
         });
+        let failed = |why: String| Err(io::Error::other(why));
         match told.recv_timeout(START) {
-            Ok(Ok(url)) => Ok((server, url)),
-            Ok(Err(last)) => Err(io::Error::other(format!("rclone ended: {last}"))),
-            Err(_) => Err(io::Error::other(format!("rclone does not serve after {} s", START.as_secs()))),
+            Ok(url) => Ok((server, url)),
+            Err(mpsc::RecvTimeoutError::Disconnected) => {
+                failed(format!("rclone ended: {}", server.last_words()))
+            }
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                failed(format!("rclone does not serve after {} s", START.as_secs()))
+            }
         }
     }
+
+    fn last_words(&self) -> &str {
+        self.ended.wait()
+    }
+}
+
+/// Hears what `rclone` says until it has ended, and returns its last words.
+fn listen(says: ChildStderr, tell: &mpsc::Sender<Url>) -> String {
+    let (mut says, mut line, mut last) = (BufReader::new(says), Vec::new(), String::new());
+    while matches!(says.read_until(b'\n', &mut line), Ok(1..)) {
+        let text = String::from_utf8_lossy(&line).trim_end().to_owned();
+        line.clear();
+        tracing::debug!(text, "rclone");
+        if let Some(url) = address(&text) {
+            let _ = tell.send(url);
+        } else {
+            last = text;
+        }
+    }
+    last
 }
 
 /// The address that a line of `rclone`'s tells.
@@ -371,8 +432,12 @@ fn address(line: &str) -> Option<Url> {
 
 impl Drop for Rclone {
     fn drop(&mut self) {
-        drop(self.child.stdin.take());
-        let _ = self.child.wait();
+        let Some(mut child) = self.child.take() else { return };
+        drop(child.stdin.take());
+        let (tell, told) = mpsc::channel();
+        thread::spawn(move || tell.send(child.wait()));
+        // One that hangs is not worth hanging for.
+        let _ = told.recv_timeout(END);
     }
 }
 
@@ -426,6 +491,26 @@ mod test {
         for _ in 0..3 {
             assert!(told.recv().unwrap().starts_with(&format!("GET /vms/index/{NAME} HTTP/1.1")));
         }
+    }
+
+    #[tokio::test]
+    async fn a_server_that_lies_is_not_believed() {
+        let much = answer("206 Partial", "x", "abcd");
+        let elsewhere =
+            "HTTP/1.1 301 Moved\r\nLocation: /vms/\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+        let endless = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n0\r\n\r\n";
+        let (url, told) = scripted(&[&much, elsewhere, endless]);
+        with(&url, |store| {
+            let more = store.read_part(Folder::Data, NAME, 0, 2).unwrap_err();
+            assert!(more.to_string().contains("more than 2 bytes"), "{more}");
+            // A POST that is sent elsewhere is a GET there, and nothing is written.
+            let moved = store.write(Folder::Data, NAME, &[Bytes::from_static(b"a")]).unwrap_err();
+            assert!(moved.to_string().contains("301"), "{moved}");
+            // Of unknown length is not the same as not there.
+            assert!(store.list(Folder::Config).is_err());
+        })
+        .await;
+        assert_eq!(told.iter().count(), 3, "each was asked once");
     }
 
     #[tokio::test]

@@ -11,11 +11,13 @@ use guest_writer::Layout;
 use serde_json::Value;
 use std::{
     ffi::OsString,
+    io::Read as _,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
-use stillpoint_testkit::{Guest, Outcome, Storm, StormSpec, Tool, oracle};
+use stillpoint_testkit::{BareMachine, Guest, Outcome, Storm, StormSpec, Tool, oracle};
 
 /// The program under test.
 pub fn tool(runtime: &Path) -> Tool {
@@ -36,6 +38,18 @@ impl Place {
         let target = target.replace('@', work.to_str().unwrap());
         std::fs::write(&config, format!("[vm.vm]\nqmp = {qmp:?}\n[target.main]\n{target}\n")).unwrap();
         Self { tool: tool(work), config, work: work.to_owned() }
+    }
+
+    /// A place with a restic repository that is not there yet. It tells all that it can.
+    pub fn with_repository(work: &Path, qmp: &Path, repository: &str, password: &str) -> Self {
+        let file = work.join("password");
+        std::fs::write(&file, format!("{password}\n")).unwrap();
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
+        let target =
+            format!("provider = \"restic\"\nrepository = \"{repository}\"\npassword-file = \"@/password\"");
+        let mut place = Self::new(work, qmp, &target);
+        place.tool = place.tool.env("STILLPOINT_LOG", "trace");
+        place
     }
 
     pub fn arguments(&self, line: &[&str]) -> Vec<OsString> {
@@ -81,6 +95,14 @@ pub fn files(path: &Path) -> Vec<PathBuf> {
     }
     found.sort();
     found
+}
+
+/// Fills the first 6 MiB of `vda` with what cannot be compressed: enough for a pack while the disk is read.
+pub fn write_noise(machine: &mut BareMachine) {
+    let noise = machine.work().join("noise");
+    let mut urandom = std::fs::File::open("/dev/urandom").unwrap().take(6 << 20);
+    std::io::copy(&mut urandom, &mut std::fs::File::create(&noise).unwrap()).unwrap();
+    machine.disk_io("vda", &format!("write -s {} 0 6M", noise.display())).unwrap();
 }
 
 /// The point's name as it is typed.
