@@ -13,6 +13,8 @@ use stillpoint_provider::{Error, ErrorKind, Result};
 /// Bytes that encryption adds: a nonce in front and an authentication code behind.
 pub(crate) const OVERHEAD: usize = 32;
 const HALF: usize = 16;
+/// Memory for a blob of the disks that are so large that their chunks are of more than a MiB.
+const LARGE: usize = 2 << 20;
 /// What a file may say of its own length and be believed, before it was read.
 const TRUSTED: u64 = 64 << 20;
 /// First byte of a compressed file (repository format 2).
@@ -145,10 +147,14 @@ pub(crate) fn seal_blob(key: &Key, compress: bool, content: &[u8]) -> Result<Sea
     }
     let length = packed.unwrap_or(content.len()).saturating_add(OVERHEAD);
     key.seal(room.get_mut(..length).unwrap_or_default())?;
-    Ok(SealedBlob {
-        bytes: buffer::freeze(room).slice(..length),
-        uncompressed: packed.and_then(|_| u32::try_from(content.len()).ok()),
-    })
+    let whole = buffer::freeze(room);
+    // A large room that is mostly empty is for the next blob, rather than to wait with this one for its turn.
+    let bytes = if whole.len() > LARGE && length < whole.len() / 2 {
+        Bytes::copy_from_slice(whole.get(..length).unwrap_or_default())
+    } else {
+        whole.slice(..length)
+    };
+    Ok(SealedBlob { bytes, uncompressed: packed.and_then(|_| u32::try_from(content.len()).ok()) })
 }
 
 /// Undoes [`seal_blob`]; never more than `uncompressed` bytes come out. They begin on a page if they are many.

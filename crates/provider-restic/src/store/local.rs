@@ -86,6 +86,14 @@ const PIECE: usize = 4 << 20;
 /// hypervisor's memory is its guests'.
 const LARGE: usize = 1 << 20;
 
+/// The first `filled` bytes and what makes whole blocks of them. The file is cut to its length afterwards, but this stays on
+/// the storage, so it must not be what an earlier use of this memory left there: that may be a disk's plain text.
+fn whole_blocks(piece: &mut [u8], filled: usize) -> &[u8] {
+    let end = filled.next_multiple_of(ALIGNMENT).min(piece.len());
+    piece.get_mut(filled..end).unwrap_or_default().fill(0);
+    piece.get(..end).unwrap_or_default()
+}
+
 /// Writes `content` past the page cache, and makes it durable.
 fn write_direct(file: &File, content: &[Bytes]) -> io::Result<()> {
     let length: usize = content.iter().map(Bytes::len).sum();
@@ -99,9 +107,8 @@ fn write_direct(file: &File, content: &[Bytes]) -> io::Result<()> {
         file.write_all_at(&blocks, 0)?;
         at = blocks.len() as u64;
     }
-    let mut room = vec![0; PIECE + ALIGNMENT];
-    let start = room.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
-    let piece = room.get_mut(start..start.saturating_add(PIECE)).ok_or(io::ErrorKind::InvalidInput)?;
+    let left: usize = rest.iter().map(Bytes::len).sum();
+    let mut piece = buffer::initialized(left.next_multiple_of(ALIGNMENT).min(PIECE));
     let mut filled = 0usize;
     for part in &rest {
         let mut part: &[u8] = part;
@@ -112,16 +119,14 @@ fn write_direct(file: &File, content: &[Bytes]) -> io::Result<()> {
             filled = filled.saturating_add(now.len());
             part = later;
             if filled == piece.len() {
-                file.write_all_at(piece, at)?;
+                file.write_all_at(&piece, at)?;
                 at = at.saturating_add(filled as u64);
                 filled = 0;
             }
         }
     }
     if filled > 0 {
-        // The last block is written whole, and the file cut to its length.
-        let padded = filled.next_multiple_of(ALIGNMENT);
-        file.write_all_at(piece.get(..padded).unwrap_or(piece), at)?;
+        file.write_all_at(whole_blocks(&mut piece, filled), at)?;
         file.set_len(length as u64)?;
     }
     file.sync_data()
@@ -328,6 +333,15 @@ mod test {
             store.write(Folder::Data, &name, &parts).unwrap();
             assert_eq!(store.read(Folder::Data, &name).unwrap(), content, "{length}");
         }
+    }
+
+    #[test]
+    fn what_memory_held_before_is_not_written() {
+        let mut piece = vec![b'x'; 3 * ALIGNMENT];
+        let whole = whole_blocks(&mut piece, ALIGNMENT + 1);
+        assert_eq!(whole.len(), 2 * ALIGNMENT);
+        assert!(whole[ALIGNMENT] == b'x' && whole[ALIGNMENT + 1..].iter().all(|byte| *byte == 0));
+        assert_eq!(whole_blocks(&mut piece, ALIGNMENT).len(), ALIGNMENT);
     }
 
     #[test]
