@@ -409,6 +409,9 @@ mod test {
         let config: Config = toml::from_str(text).unwrap();
         let vm = config.vm.get("web01").unwrap();
         assert_eq!(vm.fleecing.budget, Some(Length::new(20 << 30)));
+        assert!(vm.fleecing.discard, "unless it is said");
+        let kept: Config = toml::from_str(&text.replace("\"20GiB\"", "\"20GiB\", discard = false")).unwrap();
+        assert!(!kept.vm.get("web01").unwrap().fleecing.discard);
         assert!(toml::from_str::<Config>(&text.replace("exclude", "exlcude")).is_err());
         assert!(toml::from_str::<Config>(&text.replace("vm.web01", "vm.\"../web01\"")).is_err());
     }

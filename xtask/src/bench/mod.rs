@@ -50,7 +50,7 @@ pub(crate) struct Options {
     /// With the QEMU 10 that `cargo xtask qemu10` installs, instead of this machine's
     #[arg(long)]
     qemu10: bool,
-    /// A directory on the storage to measure; there are some ten times the disk's size in it for a while
+    /// A directory on the storage to measure; there are some six times the disk's size in it for a while
     #[arg(long, value_name = "DIRECTORY", default_value = "/var/tmp")]
     directory: PathBuf,
 }

@@ -24,6 +24,7 @@ fn a_read_stays_within_a_cluster_where_qemu_mixes_them_up() {
 struct Snapshot {
     broken: Arc<std::sync::atomic::AtomicBool>,
     asked: Arc<AtomicU64>,
+    trimmed: Arc<Mutex<Vec<Range>>>,
 }
 
 impl Snapshot {
@@ -54,8 +55,10 @@ impl Export for Snapshot {
         Ok(vec![Extent { range, kind: ExtentKind::Data }])
     }
 
-    async fn trim(&self, _range: Range) -> Result<(), Refusal> {
-        self.holds()
+    async fn trim(&self, range: Range) -> Result<(), Refusal> {
+        self.holds()?;
+        self.trimmed.lock().unwrap().push(range);
+        Ok(())
     }
 }
 
@@ -67,6 +70,8 @@ struct Scene {
     broken: Arc<std::sync::atomic::AtomicBool>,
     /// Bytes that were read through "QEMU".
     asked: Arc<AtomicU64>,
+    /// What "QEMU" was told to keep aside no longer.
+    trimmed: Arc<Mutex<Vec<Range>>>,
     _stop: watch::Sender<Option<Stop>>,
     _directory: tempfile::TempDir,
 }
@@ -83,10 +88,13 @@ async fn scene() -> Option<Scene> {
         eprintln!("skipped: the file system of /var/tmp does not tell what is allocated");
         return None;
     }
-    let (broken, asked) = (Arc::default(), Arc::default());
+    let (broken, asked, trimmed) = (Arc::default(), Arc::default(), Arc::default());
     let (ours, theirs) = tokio::net::UnixStream::pair().unwrap();
-    let export: Arc<dyn Export> =
-        Arc::new(Snapshot { broken: Arc::clone(&broken), asked: Arc::clone(&asked) });
+    let export: Arc<dyn Export> = Arc::new(Snapshot {
+        broken: Arc::clone(&broken),
+        asked: Arc::clone(&asked),
+        trimmed: Arc::clone(&trimmed),
+    });
     tokio::spawn(async move { serve_one(theirs, &BTreeMap::from([("disk".to_owned(), export)])).await });
     let options = Options::new("disk").context(MetaContext::base_allocation());
     let data = Client::from_stream(ours, options).await.unwrap();
@@ -108,7 +116,7 @@ async fn scene() -> Option<Scene> {
         past_qemu: AtomicU64::new(0),
         passed: AtomicU64::new(0),
     };
-    Some(Scene { volume, image, fleecing, broken, asked, _stop: stop, _directory: directory })
+    Some(Scene { volume, image, fleecing, broken, asked, trimmed, _stop: stop, _directory: directory })
 }
 
 impl Scene {
@@ -195,4 +203,23 @@ async fn an_image_that_ends_early_is_left_to_qemu() {
     scene.image.as_file().set_len(CLUSTER).unwrap();
     assert!(scene.volume.read(whole()).await.unwrap().iter().all(|&byte| byte == b'O'));
     assert_eq!(scene.asked.load(Ordering::SeqCst), SIZE);
+}
+
+#[tokio::test]
+async fn what_was_read_is_given_back_unless_it_is_to_be_kept() {
+    let Some(mut scene) = scene().await else { return };
+    let whole = Range::new(Offset::ZERO, Length::new(SIZE)).unwrap();
+    let parts: Vec<_> = whole.chunks(Length::new(1 << 20)).collect();
+    for part in &parts {
+        scene.volume.release(*part).await.unwrap();
+    }
+    scene.volume.discard(DiscardPlanner::flush).await.unwrap();
+    let trimmed = std::mem::take(&mut *scene.trimmed.lock().unwrap());
+    assert_eq!(trimmed.iter().map(|range| range.length().get()).sum::<u64>(), SIZE);
+    scene.volume.discards = None;
+    for part in &parts {
+        scene.volume.release(*part).await.unwrap();
+    }
+    assert_eq!(*scene.trimmed.lock().unwrap(), []);
+    assert_eq!(scene.volume.passed.load(Ordering::SeqCst), 2 * SIZE);
 }
