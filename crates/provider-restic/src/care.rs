@@ -3,10 +3,11 @@
 use crate::{
     blob::Id,
     error::{blocking, in_one_line, rustic, stored},
+    key_file,
     lock::Lock,
     password::PasswordSource,
     provider::ResticProvider,
-    repository::{Repository, key_options},
+    repository::Repository,
     snapshot::{self, Found},
     steps::Steps,
     store::Folder,
@@ -153,8 +154,9 @@ impl ResticProvider {
     pub async fn add_key(&self, password: &PasswordSource) -> Result<String> {
         let (repository, password) = (self.repository().await?, password.read()?);
         blocking(move || {
-            let added = repository.rustic.add_key(password.expose(), &key_options());
-            added.map(|id| id.to_hex().to_string()).map_err(|error| rustic("cannot add a key", &error))
+            let added = key_file::add(&*repository.store, &repository.rustic.key(), &password)?;
+            repository.store.sync().map_err(|error| stored("the new key is not durable", error))?;
+            Ok(added)
         })
         .await
     }

@@ -30,6 +30,11 @@ const MOST: Length = Length::new(32 << 20);
 /// was idle for a sixth of its time. More than this only get in each other's way.
 const READY: usize = 2;
 
+/// A region that is not read is given back as soon as it is known if it has this length: what the guest overwrites there
+/// need not be kept aside. A shorter one waits for its turn, to become one with what is read around it: a disk has
+/// thousands of them, and each given back by itself costs QEMU as much as a read.
+const LARGE: Length = Length::new(8 << 20);
+
 /// What all disks of a run share.
 pub(crate) struct Workshop {
     key: Key,
@@ -98,11 +103,16 @@ struct Cutter {
     at: Offset,
     regions: VecDeque<Extent>,
     mapped: Offset,
+    /// Nothing of these is read, and their turn has come.
+    passed: Vec<Range>,
 }
 
 impl Cutter {
     /// The next chunk and what to do about it, or many at once of which nothing is read; `None` at the end of the disk.
     async fn next(&mut self) -> Result<Option<(Range, Step)>> {
+        for passed in std::mem::take(&mut self.passed) {
+            self.source.release(passed).await?;
+        }
         if let Some(run) = self.run() {
             return Ok(Some(run));
         }
@@ -130,7 +140,7 @@ impl Cutter {
             if region.range.end() > chunk.end() {
                 break;
             }
-            self.regions.pop_front();
+            self.pass();
         }
         self.at = chunk.end();
         let whole_clean = clean && read.is_empty();
@@ -169,10 +179,20 @@ impl Cutter {
             return None;
         }
         if left == whole.get() {
-            self.regions.pop_front();
+            self.pass();
         }
         self.at = run.end();
         Some((run, step))
+    }
+
+    /// Leaves the region that is next behind.
+    fn pass(&mut self) {
+        let passed = self.regions.pop_front();
+        self.passed.extend(
+            passed
+                .filter(|region| !is_large(region) && region.kind != ExtentKind::Data)
+                .map(|region| region.range),
+        );
     }
 
     async fn fetch(&mut self) -> Result<()> {
@@ -182,8 +202,7 @@ impl Cutter {
         };
         let mapped = last.range.end();
         for region in &regions {
-            // Nothing of these is read.
-            if region.kind != ExtentKind::Data {
+            if region.kind != ExtentKind::Data && is_large(region) {
                 self.source.release(region.range).await?;
             }
         }
@@ -191,6 +210,10 @@ impl Cutter {
         self.regions.extend(regions);
         Ok(())
     }
+}
+
+fn is_large(region: &Extent) -> bool {
+    region.range.length() >= LARGE
 }
 
 /// The parts of a chunk, put together; whatever is not in `parts` is zero.
@@ -233,6 +256,7 @@ pub(crate) async fn store(task: DiskTask, workshop: &Arc<Workshop>, saver: &mut 
         at: Offset::ZERO,
         regions: VecDeque::new(),
         mapped: Offset::ZERO,
+        passed: Vec::new(),
     };
     let mut zeroes = Zeroes { workshop: Arc::clone(workshop), known: Vec::new() };
     let mut content = Vec::with_capacity(usize::try_from(chunks).unwrap_or(0));

@@ -21,6 +21,7 @@ mod crypto;
 mod disk;
 mod error;
 mod index;
+mod key_file;
 mod lock;
 mod pack;
 mod password;

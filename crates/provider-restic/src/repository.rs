@@ -5,6 +5,7 @@ use crate::{
     crypto::{self, Key},
     error::{damaged, rustic, stored},
     index::Location,
+    key_file,
     password::Password,
     steps::Watcher,
     store::{self, Files, Folder, Store},
@@ -12,6 +13,7 @@ use crate::{
 use bytes::Bytes;
 use rustic_core::{
     ConfigOptions, Credentials, KeyOptions, OpenStatus, RepositoryBackends, RepositoryOptions,
+    repofile::MasterKey,
 };
 use std::sync::Arc;
 use stillpoint_provider::{Error, ErrorKind, Result};
@@ -39,12 +41,6 @@ fn closed(store: &Arc<dyn Store>, watcher: &Watcher) -> Result<rustic_core::Repo
     let options = RepositoryOptions::default().no_cache(true);
     rustic_core::Repository::new_with_progress(&options, &backends, watcher.clone())
         .map_err(|error| rustic("cannot use the repository", &error))
-}
-
-/// How a new key says where it comes from.
-pub(crate) fn key_options() -> KeyOptions {
-    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    KeyOptions::default().hostname(host).username("stillpoint".to_owned()).with_created(true)
 }
 
 impl Repository {
@@ -95,12 +91,16 @@ impl Repository {
             }
         }
         let watcher = Watcher::default();
+        let key = MasterKey::new();
+        let cannot = format!("cannot create a repository at {place}");
+        store.create().map_err(|error| stored(&cannot, error))?;
+        key_file::add(&*store, &key, password)?;
         let made = closed(&store, &watcher)?.init(
-            &Credentials::password(password.expose()),
-            &key_options(),
+            &Credentials::Masterkey(key),
+            &KeyOptions::default(),
             &ConfigOptions::default(),
         );
-        let made = made.map_err(|error| rustic(&format!("cannot create a repository at {place}"), &error))?;
+        let made = made.map_err(|error| rustic(&cannot, &error))?;
         store.sync().map_err(|error| stored("the new repository is not durable", error))?;
         Self::over(store, watcher, made)
     }
