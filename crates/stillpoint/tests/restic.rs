@@ -392,8 +392,22 @@ fn a_repository_is_made_on_purpose_only_and_a_password_is_kept() {
     let removed = place.run(&["key", "remove", old.as_str().unwrap()]);
     assert_eq!(removed.status, 0, "{removed:?}");
     place.backup();
+    let listed = Command::new("restic")
+        .args(["--no-cache", "snapshots"])
+        .env("RESTIC_REPOSITORY", repository(&place))
+        .env("RESTIC_PASSWORD_FILE", &new)
+        .output()
+        .unwrap();
+    assert!(listed.status.success(), "{listed:?}");
     with("", "");
     fails("has this password");
+
+    // One that asks for two terabytes.
+    let keys = repository(&place).join("keys");
+    let [key] = &common::files(&keys)[..] else { panic!("one key") };
+    let text = fs::read_to_string(key).unwrap();
+    fs::write(key, text.replace("\"N\":32768", "\"N\":2147483648")).unwrap();
+    fails("a key asks for scrypt with N 2147483648");
 }
 
 #[test]

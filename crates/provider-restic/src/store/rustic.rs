@@ -1,6 +1,7 @@
 //! Lets rustic read, check, forget and prune through our stores.
 
 use super::{Folder, Store};
+use crate::key_file;
 use bytes::Bytes;
 use rustic_core::{BytesList, ErrorKind, FileType, Id, ReadBackend, RusticError, RusticResult, WriteBackend};
 use std::{fmt, io, sync::Arc};
@@ -45,7 +46,11 @@ impl ReadBackend for Files {
     }
 
     fn read_full(&self, kind: FileType, id: &Id) -> RusticResult<Bytes> {
-        self.0.read(folder(kind), &id.to_hex()).map_err(failed)
+        let content = self.0.read(folder(kind), &id.to_hex()).map_err(failed)?;
+        if kind == FileType::Key {
+            key_file::check(&content).map_err(failed)?;
+        }
+        Ok(content)
     }
 
     fn read_partial(
