@@ -24,9 +24,6 @@ use stillpoint_provider::Result;
 const LARGEST: u64 = 1 << 30;
 /// Index files read at once: on object stores each is a round trip. Each is some 20 MB of memory.
 const READERS: usize = 2;
-/// Blobs are found by so many parts of 64 Ki ids that the table grows by small steps and holds little that is unused.
-const BUCKETS: usize = 1024;
-const GROWTH: usize = 256;
 
 /// An index file, as restic's design document has it.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -160,8 +157,9 @@ pub(crate) fn trees(repository: &Repository) -> Result<HashMap<Id, Location>> {
 /// The data blobs that a repository holds, in 16 bytes each: the first half of its id. That two of them agree in 128
 /// bits of SHA-256 is not going to happen (ADR 0016).
 pub(crate) struct Known {
-    /// Those of the index, sorted.
-    indexed: Vec<Vec<u128>>,
+    /// Those of the index, sorted. One vector, since that grows in place where many leave holes between them: a half more
+    /// for a terabyte's.
+    indexed: Vec<u128>,
     /// Those that this run has taken on itself to store.
     claimed: HashSet<u128>,
 }
@@ -178,41 +176,23 @@ fn short(id: &Id) -> u128 {
     u128::from_be_bytes(*half)
 }
 
-fn bucket(short: u128) -> usize {
-    usize::try_from(short >> 118).unwrap_or(0)
-}
-
 impl Index {
     /// Reads it.
     pub(crate) fn load(repository: &Repository) -> Result<Self> {
-        let buckets: Vec<Mutex<Vec<u128>>> = (0..BUCKETS).map(|_| Mutex::default()).collect();
-        let trees = Mutex::new(HashMap::new());
+        let (data, trees) = (Mutex::new(Vec::new()), Mutex::new(HashMap::new()));
         read_all(repository, |pack| {
-            for blob in &pack.blobs {
-                match blob.kind {
-                    BlobKind::Data => {
-                        let short = short(&blob.id);
-                        let Some(Ok(mut bucket)) = buckets.get(bucket(short)).map(Mutex::lock) else {
-                            continue;
-                        };
-                        if bucket.len() == bucket.capacity() {
-                            bucket.reserve_exact(GROWTH);
-                        }
-                        bucket.push(short);
-                    }
-                    BlobKind::Tree => {
-                        if let Ok(mut trees) = trees.lock() {
-                            trees.insert(blob.id, pack.location(blob));
-                        }
-                    }
+            if let Ok(mut data) = data.lock() {
+                let blobs = pack.blobs.iter().filter(|blob| blob.kind == BlobKind::Data);
+                data.extend(blobs.map(|blob| short(&blob.id)));
+            }
+            for blob in pack.blobs.iter().filter(|blob| blob.kind == BlobKind::Tree) {
+                if let Ok(mut trees) = trees.lock() {
+                    trees.insert(blob.id, pack.location(blob));
                 }
             }
         })?;
-        let mut indexed: Vec<Vec<u128>> =
-            buckets.into_iter().map(|bucket| bucket.into_inner().unwrap_or_default()).collect();
-        for bucket in &mut indexed {
-            bucket.sort_unstable();
-        }
+        let mut indexed = data.into_inner().map_err(|_| damaged("reading the index failed"))?;
+        indexed.sort_unstable();
         let trees = trees.into_inner().map_err(|_| damaged("reading the index failed"))?;
         Ok(Self { known: Known { indexed, claimed: HashSet::new() }, trees })
     }
@@ -221,8 +201,7 @@ impl Index {
 impl Known {
     /// Whether the index has it.
     pub(crate) fn is_indexed(&self, id: &Id) -> bool {
-        let short = short(id);
-        self.indexed.get(bucket(short)).is_some_and(|bucket| bucket.binary_search(&short).is_ok())
+        self.indexed.binary_search(&short(id)).is_ok()
     }
 
     /// Whether it is for the caller to store: it is nowhere, and nobody else was told so in this run.
@@ -232,7 +211,7 @@ impl Known {
 
     #[cfg(test)]
     pub(crate) fn empty() -> Self {
-        Self { indexed: vec![Vec::new(); BUCKETS], claimed: HashSet::new() }
+        Self { indexed: Vec::new(), claimed: HashSet::new() }
     }
 }
 
@@ -244,10 +223,8 @@ mod test {
     fn a_blob_is_stored_once() {
         let mut known = Known::empty();
         let (one, other) = (Id::of(b"1"), Id::of(b"2"));
-        let place = bucket(short(&one));
-        known.indexed[place].push(short(&one));
+        known.indexed.push(short(&one));
         assert!(known.is_indexed(&one) && !known.claim(&one));
         assert!(!known.is_indexed(&other) && known.claim(&other) && !known.claim(&other));
-        assert_eq!(bucket(u128::MAX), BUCKETS - 1);
     }
 }
