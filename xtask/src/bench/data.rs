@@ -37,12 +37,7 @@ pub(super) fn make(path: &Path, size: u64, mix: &Mix) -> Result<Made> {
     let file = File::options().create_new(true).read(true).write(true).open(path)?;
     file.set_len(size)?;
     let mut random = Random(5);
-    let words: Vec<Vec<u8>> = (0..3000)
-        .map(|_| {
-            let length = 2 + random.below(8);
-            (0..length).map(|_| b'a' + u8::try_from(random.below(26)).unwrap_or(0)).collect()
-        })
-        .collect();
+    let words = words(&mut random);
     let mut made = Made { size: size / MIB, ..Made::default() };
     let mut written: Vec<u64> = Vec::new();
     let mut buffer = vec![0; usize::try_from(MIB)?];
@@ -59,9 +54,7 @@ pub(super) fn make(path: &Path, size: u64, mix: &Mix) -> Result<Made> {
                 made.duplicates += 1;
             }
             _ if dice < mix.holes + mix.duplicates + mix.incompressible => {
-                for piece in buffer.chunks_exact_mut(8) {
-                    piece.copy_from_slice(&random.next().to_le_bytes());
-                }
+                write_noise(&mut buffer, &mut random);
                 made.incompressible += 1;
             }
             _ => {
@@ -74,6 +67,55 @@ pub(super) fn make(path: &Path, size: u64, mix: &Mix) -> Result<Made> {
     }
     file.sync_all()?;
     Ok(made)
+}
+
+/// What is written to a disk between backups: text-like and incompressible MiBs in turns, no two of them the same.
+pub(super) struct Changes {
+    random: Random,
+    templates: [Vec<u8>; 2],
+    made: u64,
+}
+
+impl Changes {
+    pub(super) fn new() -> Self {
+        let mut random = Random(9);
+        let [mut text, mut noise] = [(); 2].map(|()| vec![0; 1 << 20]);
+        write_text(&mut text, &words(&mut random), &mut random);
+        write_noise(&mut noise, &mut random);
+        Self { random, templates: [text, noise], made: 0 }
+    }
+
+    /// The next one, at most a MiB.
+    pub(super) fn next(&mut self, length: u64) -> &[u8] {
+        let [text, noise] = &mut self.templates;
+        let next = if self.made.is_multiple_of(2) { text } else { noise };
+        self.made += 1;
+        for (place, byte) in next.iter_mut().zip(self.made.to_le_bytes()) {
+            *place = byte;
+        }
+        let length = usize::try_from(length).unwrap_or(usize::MAX).min(next.len());
+        next.get(..length).unwrap_or_default()
+    }
+
+    /// Where it goes: one of so many places.
+    pub(super) fn place(&mut self, places: u64) -> u64 {
+        self.random.below(places)
+    }
+}
+
+fn words(random: &mut Random) -> Vec<Vec<u8>> {
+    (0..3000)
+        .map(|_| {
+            let length = 2 + random.below(8);
+            (0..length).map(|_| b'a' + u8::try_from(random.below(26)).unwrap_or(0)).collect()
+        })
+        .collect()
+}
+
+fn write_noise(buffer: &mut [u8], random: &mut Random) {
+    for piece in buffer.chunks_exact_mut(8) {
+        piece.copy_from_slice(&random.next().to_le_bytes());
+    }
 }
 
 fn write_text(buffer: &mut [u8], words: &[Vec<u8>], random: &mut Random) {
@@ -90,10 +132,10 @@ fn write_text(buffer: &mut [u8], words: &[Vec<u8>], random: &mut Random) {
 }
 
 /// SplitMix64.
-pub(super) struct Random(pub(super) u64);
+struct Random(u64);
 
 impl Random {
-    pub(super) fn next(&mut self) -> u64 {
+    fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -101,7 +143,7 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    pub(super) fn below(&mut self, bound: u64) -> u64 {
+    fn below(&mut self, bound: u64) -> u64 {
         self.next() % bound.max(1)
     }
 }

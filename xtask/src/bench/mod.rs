@@ -113,11 +113,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         if wanted("repository") {
             bench.full_into_repository(&mut report)?;
         }
-        if wanted("incremental") {
-            bench.incremental(&mut report)?;
-        }
         if wanted("restore") || wanted("verify") {
             bench.restore_and_verify(&mut report)?;
+        }
+        // Last, since it changes the disk.
+        if wanted("incremental") {
+            bench.incremental(&mut report)?;
         }
         bench.end()?;
     }

@@ -2,7 +2,7 @@
 
 use super::{
     GIB, MIB, Scale,
-    data::Random,
+    data::Changes,
     limits,
     measure::{Contender, Cost, Row, assert_durable, cost, median, take_turns},
     place::{MECHANISMS, Place, names},
@@ -255,7 +255,7 @@ impl<'a> Bench<'a> {
     /// What changed, and nothing else.
     pub(super) fn incremental(&mut self, report: &mut Report) -> Result<()> {
         println!("== incremental backups");
-        let mut random = Random(9);
+        let mut changes = Changes::new();
         let mut lines = Vec::new();
         for target in ["directory", "repository"] {
             self.place.borrow().renew(target)?;
@@ -275,7 +275,7 @@ impl<'a> Bench<'a> {
             {
                 let (mut seconds, mut read) = (Vec::new(), 0);
                 for _ in 0..self.scale.rounds {
-                    change(&mut self.place.borrow_mut(), "vda", self.scale.disk, bytes, &mut random)?;
+                    change(&mut self.place.borrow_mut(), "vda", self.scale.disk, bytes, &mut changes)?;
                     rustix::fs::sync();
                     let (cost, summary) = backup(false)?;
                     let mode = summary.pointer("/disks/0/bitmap_mode").and_then(Value::as_str);
@@ -294,7 +294,7 @@ impl<'a> Bench<'a> {
         }
         report.table(
             "Incremental backup",
-            "Changes of 64 KiB and of 1 MiB at random places. The peers have nothing to set beside it: they read the whole disk each time.".into(),
+            "Changes of 64 KiB and of 1 MiB at random places, text-like and incompressible in turns. The peers have nothing to set beside it: they read the whole disk each time.".into(),
             &["into", "changed", "read, MiB", "s, median"],
             lines,
         );
@@ -421,12 +421,12 @@ pub(super) fn growth_with_size(qemu: &Qemu, work: &Path, scale: &Scale, report: 
         for &size in scale.sizes {
             let mut place = Place::with_sizes(qemu, work, &[size * GIB])?;
             place.renew(target)?;
-            let mut random = Random(size);
-            change(&mut place, "vda", size * GIB, CHANGED, &mut random)?;
+            let mut changes = Changes::new();
+            change(&mut place, "vda", size * GIB, CHANGED, &mut changes)?;
             let full = cost(&mut place.stillpoint(&["backup", "vm", "--target", target, "--full"]))?.0;
             let mut costs = Vec::new();
             for _ in 0..scale.rounds {
-                change(&mut place, "vda", size * GIB, CHANGED, &mut random)?;
+                change(&mut place, "vda", size * GIB, CHANGED, &mut changes)?;
                 rustix::fs::sync();
                 costs.push(cost(&mut place.stillpoint(&["backup", "vm", "--target", target]))?.0);
             }
@@ -452,7 +452,7 @@ pub(super) fn growth_with_size(qemu: &Qemu, work: &Path, scale: &Scale, report: 
     }
     report.table(
         "Growth with the disk's size",
-        "A sparse disk; 256 MiB in pieces of 1 MiB are written before the full backup, and again at other places before each incremental.".into(),
+        "A sparse disk; 256 MiB in pieces of 1 MiB, text-like and incompressible in turns, are written before the full backup, and again at other places before each incremental.".into(),
         &["into", "GiB", "full, s", "incremental, s, median", "memory at most, MiB"],
         lines,
     );
@@ -505,11 +505,11 @@ pub(super) fn growth_with_disks(qemu: &Qemu, work: &Path, scale: &Scale, report:
         let mut place = Place::with_sizes(qemu, work, &vec![16 * GIB; count])?;
         place.renew("directory")?;
         place.json(&["backup", "vm", "--target", "directory", "--full", "--json"])?;
-        let mut random = Random(count as u64);
+        let mut changes = Changes::new();
         let (mut costs, mut pauses) = (Vec::new(), Vec::new());
         for _ in 0..scale.rounds {
             for name in names().take(count) {
-                change(&mut place, &name, 16 * GIB, 8 * MIB, &mut random)?;
+                change(&mut place, &name, 16 * GIB, 8 * MIB, &mut changes)?;
             }
             rustix::fs::sync();
             let (cost, text) =
@@ -538,12 +538,13 @@ pub(super) fn growth_with_disks(qemu: &Qemu, work: &Path, scale: &Scale, report:
 }
 
 /// Writes `bytes` at random places, as a guest would.
-fn change(place: &mut Place, disk: &str, size: u64, bytes: u64, random: &mut Random) -> Result<()> {
+fn change(place: &mut Place, disk: &str, size: u64, bytes: u64, changes: &mut Changes) -> Result<()> {
     let piece = bytes.min(MIB);
+    let file = place.machine.work().join("change");
     for _ in 0..bytes.checked_div(piece).unwrap_or(0) {
-        let at = random.below(size / piece) * piece;
-        let pattern = 1 + random.below(255);
-        place.machine.disk_io(disk, &format!("write -P {pattern} {at} {piece}"))?;
+        let at = changes.place(size / piece) * piece;
+        fs::write(&file, changes.next(piece))?;
+        place.machine.disk_io(disk, &format!("write -s {} {at} {piece}", file.display()))?;
     }
     Ok(())
 }
