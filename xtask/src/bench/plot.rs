@@ -164,7 +164,8 @@ fn latency(timeline: &Timeline) -> String {
     body += &labels;
     y_axis(&mut body, &axis, "ms");
     let y = |value: f64| HEIGHT - BOTTOM - axis.at(value) * (HEIGHT - BOTTOM - TOP);
-    line(&mut body, timeline.points.iter().map(|point| (x(point.0), y(point.3))), OTHERS, 1.2);
+    // Broad, to be seen where the 99th percentile of a few writes is the longest of them.
+    line(&mut body, timeline.points.iter().map(|point| (x(point.0), y(point.3))), OTHERS, 4.0);
     line(&mut body, timeline.points.iter().map(|point| (x(point.0), y(point.2))), COLOURS[1], 1.4);
     line(&mut body, timeline.points.iter().map(|point| (x(point.0), y(point.1))), OURS, 1.6);
     let step = if end > 60.0 { 10.0 } else { 5.0 };
