@@ -153,12 +153,7 @@ impl ResticProvider {
     /// If the password cannot be read, or the key not be written.
     pub async fn add_key(&self, password: &PasswordSource) -> Result<String> {
         let (repository, password) = (self.repository().await?, password.read()?);
-        blocking(move || {
-            let added = key_file::add(&*repository.store, &repository.rustic.key(), &password)?;
-            repository.store.sync().map_err(|error| stored("the new key is not durable", error))?;
-            Ok(added)
-        })
-        .await
+        blocking(move || key_file::add(&*repository.store, &repository.rustic.key(), &password)).await
     }
 
     /// Removes the key whose name starts with `name`.

@@ -343,3 +343,103 @@ impl Zeroes {
         Ok(id)
     }
 }
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use async_trait::async_trait;
+
+    /// A disk with a map, which notes what is given back.
+    struct Mapped {
+        regions: Vec<Extent>,
+        given_back: Mutex<Vec<Range>>,
+    }
+
+    #[async_trait]
+    impl VolumeSource for Mapped {
+        fn size(&self) -> Length {
+            self.regions.iter().map(|region| region.range.length()).sum()
+        }
+
+        async fn regions(&self, from: Offset) -> Result<Vec<Extent>> {
+            // Two at a time, so that the map is asked for again in the middle of a chunk.
+            let rest = self.regions.iter().filter(|region| region.range.start() >= from);
+            Ok(rest.take(2).copied().collect())
+        }
+
+        async fn read(&self, _: Range) -> Result<Bytes> {
+            unreachable!("nothing is read here")
+        }
+
+        async fn release(&self, range: Range) -> Result<()> {
+            self.given_back.lock().unwrap().push(range);
+            Ok(())
+        }
+    }
+
+    fn range(start: u64, end: u64) -> Range {
+        Range::between(Offset::new(start << 10), Offset::new(end << 10)).unwrap()
+    }
+
+    #[tokio::test]
+    async fn what_is_not_read_is_given_back_once_and_small_holes_only_when_they_are_passed() {
+        let (mib, data) = (1 << 10, ExtentKind::Data);
+        // In KiB: holes that are larger and smaller than a chunk, one that ends within a chunk, and one at the end.
+        let borders = [
+            (0, ExtentKind::Zero),
+            (9 * mib, data),
+            (10 * mib, ExtentKind::Zero),
+            (12 * mib + 64, data),
+            (13 * mib, data),
+            (13 * mib + 8, ExtentKind::Zero),
+            (13 * mib + 16, data),
+            (15 * mib, ExtentKind::Zero),
+            (15 * mib + 512, data),
+        ];
+        let ends = borders.iter().skip(1).map(|(start, _)| *start).chain([16 * mib]);
+        let regions: Vec<_> = borders
+            .iter()
+            .zip(ends)
+            .map(|((start, kind), end)| Extent { range: range(*start, end), kind: *kind })
+            .collect();
+        let source = Arc::new(Mapped { regions, given_back: Mutex::default() });
+        let given_back = || std::mem::take(&mut *source.given_back.lock().unwrap());
+        let mut cutter = Cutter {
+            source: source.clone(),
+            chunk: Length::new(1 << 20),
+            at: Offset::ZERO,
+            regions: VecDeque::new(),
+            mapped: Offset::ZERO,
+            passed: Vec::new(),
+        };
+        let (mut steps, mut all) = (Vec::new(), Vec::new());
+        loop {
+            let Some((part, step)) = cutter.next().await.unwrap() else { break };
+            let read = match step {
+                Step::Zero => Vec::new(),
+                Step::Read(parts) => parts,
+                Step::Clean => panic!("nothing is clean"),
+            };
+            let released = given_back();
+            all.extend(released.iter().copied());
+            steps.push((part, read, released));
+        }
+        all.extend(given_back());
+        let expected = [
+            (0, 9 * mib),
+            (10 * mib, 12 * mib + 64),
+            (13 * mib + 8, 13 * mib + 16),
+            (15 * mib, 15 * mib + 512),
+        ];
+        assert_eq!(all, expected.map(|(start, end)| range(start, end)));
+        // The large hole at once; the next one when its last chunk was cut, and not before.
+        assert_eq!(steps[0].2, [range(0, 9 * mib)]);
+        let passed = steps.iter().position(|step| step.2.contains(&range(10 * mib, 12 * mib + 64))).unwrap();
+        assert!(steps[..passed].iter().any(|step| step.1 == [range(12 * mib + 64, 13 * mib)]), "{passed}");
+        let read: Vec<_> = steps.iter().flat_map(|step| step.1.iter().copied()).collect();
+        assert_eq!(
+            read.iter().map(|part| part.length()).sum::<Length>(),
+            Length::new((16 * mib << 10) - all.iter().map(|part| part.length().get()).sum::<u64>())
+        );
+    }
+}

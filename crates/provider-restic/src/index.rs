@@ -157,8 +157,8 @@ pub(crate) fn trees(repository: &Repository) -> Result<HashMap<Id, Location>> {
 /// The data blobs that a repository holds, in 16 bytes each: the first half of its id. That two of them agree in 128
 /// bits of SHA-256 is not going to happen (ADR 0016).
 pub(crate) struct Known {
-    /// Those of the index, sorted. One vector, since that grows in place where many leave holes between them: a half more
-    /// for a terabyte's.
+    /// Those of the index, sorted. One vector, which grows in place: a thousand that grew beside each other left holes of
+    /// half their size.
     indexed: Vec<u128>,
     /// Those that this run has taken on itself to store.
     claimed: HashSet<u128>,

@@ -24,7 +24,8 @@ const SALT: usize = 64;
 const MEMORY: u64 = 1 << 30;
 const WORK: u64 = 64 << 30;
 
-/// Adds a file to `store` that opens with `password` what `key` encrypts, and returns its name. It may not be durable yet.
+/// Adds a file to `store` that opens with `password` what `key` encrypts, and returns its name. It is durable then: nobody may rely
+/// on a key that a power cut takes away, least of all a new repository, which has no other.
 pub(crate) fn add(store: &dyn Store, key: &MasterKey, password: &Password) -> Result<String> {
     let failed = |what: &str| Error::new(ErrorKind::Io, what.to_owned());
     let mut salt = vec![0; SALT];
@@ -46,9 +47,8 @@ pub(crate) fn add(store: &dyn Store, key: &MasterKey, password: &Password) -> Re
     let content =
         serde_json::to_vec(&file).map_err(|error| failed("cannot write a key down").because(error))?;
     let name = Id::of(&content).to_string();
-    store
-        .write(Folder::Keys, &name, &[content.into()])
-        .map_err(|error| stored("cannot write the key", error))?;
+    let written = store.write(Folder::Keys, &name, &[content.into()]).and_then(|()| store.sync());
+    written.map_err(|error| stored("cannot write the key", error))?;
     Ok(name)
 }
 

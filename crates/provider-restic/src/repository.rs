@@ -59,7 +59,11 @@ impl Repository {
         if config.is_empty() {
             return Err(Error::new(ErrorKind::TargetMissing, format!("there is no repository at {place}")));
         }
-        let watcher = Watcher::default();
+        Self::unlock(store, password)
+    }
+
+    fn unlock(store: Arc<dyn Store>, password: &Password) -> Result<Self> {
+        let (place, watcher) = (store.location(), Watcher::default());
         let opened = closed(&store, &watcher)?.open(&Credentials::password(password.expose()));
         let opened = opened.map_err(|error| match error.is_incorrect_password() {
             true => Error::new(
@@ -69,7 +73,19 @@ impl Repository {
             false => Error::new(ErrorKind::Damaged, format!("cannot open repository {place}"))
                 .because(crate::error::in_one_line(&*error)),
         })?;
-        Self::over(store, watcher, opened)
+        let key = opened.key();
+        let (version, id) = (opened.config().version, opened.config().id.to_hex().to_string());
+        if !(1..=2).contains(&version) {
+            return Err(damaged(format!("the repository is of version {version}, which is not known here")));
+        }
+        Ok(Self {
+            store,
+            key: Key::new(&key.encrypt, &key.mac.k, &key.mac.r)?,
+            compress: version == 2,
+            id,
+            watcher,
+            rustic: opened,
+        })
     }
 
     /// Makes a new repository at `location`, where there must be none.
@@ -90,39 +106,19 @@ impl Repository {
                 ));
             }
         }
-        let watcher = Watcher::default();
         let key = MasterKey::new();
         let cannot = format!("cannot create a repository at {place}");
         store.create().map_err(|error| stored(&cannot, error))?;
         key_file::add(&*store, &key, password)?;
-        let made = closed(&store, &watcher)?.init(
+        let made = closed(&store, &Watcher::default())?.init(
             &Credentials::Masterkey(key),
             &KeyOptions::default(),
             &ConfigOptions::default(),
         );
-        let made = made.map_err(|error| rustic(&cannot, &error))?;
+        made.map_err(|error| rustic(&cannot, &error))?;
         store.sync().map_err(|error| stored("the new repository is not durable", error))?;
-        Self::over(store, watcher, made)
-    }
-
-    fn over(
-        store: Arc<dyn Store>,
-        watcher: Watcher,
-        rustic: rustic_core::Repository<OpenStatus>,
-    ) -> Result<Self> {
-        let key = rustic.key();
-        let (version, id) = (rustic.config().version, rustic.config().id.to_hex().to_string());
-        if !(1..=2).contains(&version) {
-            return Err(damaged(format!("the repository is of version {version}, which is not known here")));
-        }
-        Ok(Self {
-            store,
-            key: Key::new(&key.encrypt, &key.mac.k, &key.mac.r)?,
-            compress: version == 2,
-            id,
-            watcher,
-            rustic,
-        })
+        // As everybody opens it from now on: then it is known that its key works, and which that is.
+        Self::unlock(store, password)
     }
 
     /// Its location, for messages.
