@@ -439,7 +439,7 @@ mod test {
         let read: Vec<_> = steps.iter().flat_map(|step| step.1.iter().copied()).collect();
         assert_eq!(
             read.iter().map(|part| part.length()).sum::<Length>(),
-            Length::new((16 * mib << 10) - all.iter().map(|part| part.length().get()).sum::<u64>())
+            Length::new(((16 * mib) << 10) - all.iter().map(|part| part.length().get()).sum::<u64>())
         );
     }
 }
