@@ -285,6 +285,7 @@ impl Checks {
             pause_ms: 0.5,
             qemu_version: "none".into(),
             stillpoint_version: env!("CARGO_PKG_VERSION").into(),
+            skipped: Vec::new(),
             disks,
         }
     }

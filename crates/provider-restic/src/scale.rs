@@ -102,6 +102,7 @@ async fn backup(provider: &ResticProvider, number: u32, disk: Sparse, base: Opti
         pause_ms: 0.0,
         qemu_version: String::new(),
         stillpoint_version: String::new(),
+        skipped: Vec::new(),
         disks: vec![DiskRecord {
             name,
             size,

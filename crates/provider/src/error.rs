@@ -12,12 +12,23 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// The target is not there, or is not what the configuration says.
+    /// The target is not there: nothing at its path, nothing mounted, never made.
     TargetMissing,
+    /// Something is there that is not a target of this provider, or not the one that was there before.
+    TargetForeign,
     /// The target refuses writes.
     TargetReadOnly,
     /// The target is full.
     TargetFull,
+    /// The target, or what leads to it, does not accept who we say we are: a password, key, token or user.
+    Unauthorized,
+    /// The target's host does not answer, or its name leads nowhere.
+    Unreachable,
+    /// What the configuration or the caller says makes no sense to the provider: a malformed location, an option of the
+    /// wrong form.
+    InvalidInput,
+    /// The provider, or this target, cannot do what was asked for.
+    Unsupported,
     /// Another run works on this VM in this target.
     Locked,
     /// There is no such point, disk or VM.

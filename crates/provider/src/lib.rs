@@ -37,7 +37,7 @@ pub use backup::{
     Backup, ConfigFile, ConfigRole, DiskOffer, Incremental, OfferedBitmap, Provider, Volume, VolumeReport,
 };
 pub use error::{Error, ErrorKind, Result};
-pub use record::{BitmapMode, Consistency, DiskRecord, PointRecord, PointSummary};
+pub use record::{BitmapMode, Consistency, DiskRecord, PointRecord, PointSummary, Skipped};
 pub use restore::{Depth, Finding, Progress, Restore, VerifyReport};
 pub use volume::VolumeSource;
 pub use work::blocking;

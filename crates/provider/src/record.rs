@@ -49,6 +49,15 @@ pub struct DiskRecord {
     pub image: Option<PathBuf>,
 }
 
+/// A block device of the VM that is not in a point, and why.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Skipped {
+    /// What QEMU calls it: the front end's id, its drive's or node's name, or its place in the machine.
+    pub name: String,
+    /// Why it is not in the point, as a person reads it.
+    pub reason: String,
+}
+
 /// One point: all disks of a VM at one instant.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct PointRecord {
@@ -70,6 +79,9 @@ pub struct PointRecord {
     pub stillpoint_version: String,
     /// Its disks.
     pub disks: Vec<DiskRecord>,
+    /// Block devices of the VM that are not in the point.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub skipped: Vec<Skipped>,
 }
 
 /// One line of a listing.

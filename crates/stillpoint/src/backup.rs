@@ -435,6 +435,7 @@ impl Run<'_> {
             pause_ms: access.map_or(0.0, |access| crate::text::milliseconds(access.instant().pause)),
             qemu_version: self.vm.machine.qemu.to_string(),
             stillpoint_version: env!("CARGO_PKG_VERSION").to_owned(),
+            skipped: Vec::new(),
             disks: decided.iter().map(disk).collect(),
         }
     }
@@ -503,6 +504,14 @@ pub(crate) fn provider_failure(error: &stillpoint_provider::Error, guest: Guest)
         ProviderErrorKind::TargetMissing => {
             failure.next("check the path, or mount the target, then try again")
         }
+        ProviderErrorKind::TargetForeign => {
+            failure.next("name the right target; nothing in this place was changed")
+        }
+        ProviderErrorKind::Unauthorized => failure.next("check the password or the credentials of the target"),
+        ProviderErrorKind::Unreachable => {
+            failure.next("check the host's name and port, and that it runs and is reached from here")
+        }
+        ProviderErrorKind::InvalidInput => failure.next("correct the target in the configuration file"),
         ProviderErrorKind::TargetReadOnly => {
             failure.next("mount the target for writing, or run as a user that may write there")
         }

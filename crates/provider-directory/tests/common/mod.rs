@@ -259,6 +259,7 @@ impl Vm {
             pause_ms: 11.3,
             qemu_version: "10.0.2".to_owned(),
             stillpoint_version: "0.1.0".to_owned(),
+            skipped: Vec::new(),
             disks: self.disks.iter().zip(answers).map(disk).collect(),
         }
     }
