@@ -8,6 +8,7 @@ use crate::{
     journal::Journal,
     listener::Listener,
     pause::Instant,
+    step::current_node,
     steps::Steps,
     taking::Taking,
     volume::{AccessVolume, Stop},
@@ -120,23 +121,39 @@ pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// `error`, unless somebody else changed the graph since the plan was made, which explains it.
+async fn changed_or(qmp: &Qmp, plan: &[DiskPlan], error: Error) -> Error {
+    for DiskPlan { disk, .. } in plan {
+        let now = current_node(qmp, &disk.front_end).await;
+        if now.is_ok_and(|now| now.is_none_or(|now| now != disk.node.as_str())) {
+            let context = format!("someone changed what disk {} stands on meanwhile", disk.name);
+            return Error::new(ErrorKind::Changed, context).because(error);
+        }
+    }
+    error
+}
+
 impl SnapshotAccess {
     /// Takes the instant and makes its disks readable. The VM is as it was if this fails.
     ///
     /// # Errors
     /// [`ErrorKind::Refused`] before anything was done; [`ErrorKind::LeftBehind`] if undoing failed too, so that
-    /// `recover` is needed; else what failed, and everything is undone.
+    /// `recover` is needed; [`ErrorKind::Changed`] if it is worth another look and another try; else what failed, and everything is undone.
     pub async fn take(qmp: Qmp, machine: &Machine, plan: Vec<DiskPlan>, settings: Settings) -> Result<Self> {
         let journal = Journal::create(&settings.runtime_directory, &qmp)?;
         let steps = Steps::new(journal, settings.runtime_directory.clone());
-        let mut taking = Taking::new(qmp, steps, machine.off);
+        let mut taking = Taking::new(qmp.clone(), steps, machine.off);
         let taken = match taking.run(machine, &plan, &settings).await {
             Ok(instant) => taking.open(&plan).await.map(|opened| (instant, opened)),
             Err(error) => Err(error),
         };
         match taken {
             Ok((instant, opened)) => Ok(taking.hold(plan, &settings, opened, instant)),
-            Err(error) => Err(taking.give_up(error).await),
+            Err(error) => {
+                let error = taking.give_up(error).await;
+                let refused = error.kind() == ErrorKind::Qmp && !machine.off;
+                Err(if refused { changed_or(&qmp, &plan, error).await } else { error })
+            }
         }
     }
 

@@ -34,7 +34,9 @@ pub(crate) struct ChainDisk {
     /// `None` where a bitmap would be lost with the process that holds it.
     pub(crate) new: Option<BitmapName>,
     pub(crate) earlier: Vec<BitmapName>,
-    pub(crate) read_by: Option<BitmapName>,
+    /// What the run reads by: the bitmap of the point that it is relative to, and where images are above that one's, the new bitmap too,
+    /// which records what they are given while it is asked what they have.
+    pub(crate) read_by: Vec<(NodeName, BitmapName)>,
     pub(crate) granularity: Granularity,
     pub(crate) persistent: bool,
 }
@@ -93,6 +95,7 @@ impl Chain {
             let removed = self.qmp.execute(command::remove_bitmap(disk.node.as_str(), name.as_str())).await;
             match removed {
                 Ok(_) => {}
+                // Such as one in an image that others are above of: QEMU has that for reading only.
                 Err(error) if error.class().is_some() => {
                     tracing::debug!(disk = %disk.disk, bitmap = %name, desc = error.desc(), "bitmap not removed");
                 }

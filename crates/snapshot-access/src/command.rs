@@ -186,6 +186,12 @@ pub(crate) fn add_export(
     Command::with("block-export-add", export)
 }
 
+/// For reading which image of `node`'s chain has what.
+pub(crate) fn add_depth_export(id: &str, node: &NodeName) -> Command {
+    let export = json!({"type": "nbd", "id": id, "name": id, "node-name": node, "allocation-depth": true});
+    Command::with("block-export-add", export)
+}
+
 pub(crate) fn delete_export(id: &str) -> Command {
     Command::with("block-export-del", json!({"id": id, "mode": "hard"}))
 }
@@ -208,8 +214,10 @@ pub(crate) fn add_read_bitmap(node: &NodeName, granularity: Granularity) -> Valu
     action("block-dirty-bitmap-add", data)
 }
 
-pub(crate) fn merge_into_read_bitmap(node: &NodeName, source: &BitmapName) -> Value {
-    let data = json!({"node": node, "target": crate::names::READ_BITMAP, "bitmaps": [source]});
+/// Sources may be on nodes below `node`.
+pub(crate) fn merge_into_read_bitmap(node: &NodeName, sources: &[(NodeName, BitmapName)]) -> Value {
+    let sources: Vec<_> = sources.iter().map(|(node, name)| json!({"node": node, "name": name})).collect();
+    let data = json!({"node": node, "target": crate::names::READ_BITMAP, "bitmaps": sources});
     action("block-dirty-bitmap-merge", data)
 }
 

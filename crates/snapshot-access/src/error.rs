@@ -15,6 +15,8 @@ pub enum ErrorKind {
     Qmp,
     /// The disk could not be read at its point.
     Read,
+    /// Somebody else changed the block graph meanwhile; begun again, the run sees what there is now.
+    Changed,
     /// What QEMU says does not add up.
     Inconsistent,
     /// The host refused something: a directory, a socket, a file.

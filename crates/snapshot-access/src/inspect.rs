@@ -4,13 +4,15 @@ use crate::{
     command,
     direct::{ImageFile, ImageFormat},
     error::{Error, ErrorKind, Result},
-    names,
+    graph::Graph,
+    image_id::ImageId,
+    layers::{ChainBitmap, Layers},
     offline::OfflineDisk,
 };
 use serde::Deserialize;
 use serde_json::Value;
-use std::{collections::BTreeMap, path::PathBuf};
-use stillpoint_model::{BitmapName, DiskName, Generation, Granularity, Length, NodeName, TargetId};
+use std::path::PathBuf;
+use stillpoint_model::{DiskName, Generation, Granularity, Length, NodeName, TargetId};
 use stillpoint_qmp::{Command, Qmp, Version};
 
 /// The first QEMU whose copy-before-write filter can let go of a snapshot instead of failing the guest.
@@ -62,19 +64,10 @@ pub struct Disk {
     pub(crate) keeps_bitmaps: bool,
     /// Whether a bitmap on it would be of use to the next run.
     pub(crate) takes_bitmaps: bool,
-    /// The bitmaps of ours on it.
+    /// Which image it is, for the names of bitmaps on it.
+    pub(crate) image_id: Option<ImageId>,
+    /// The bitmaps of ours on it and on the images below it.
     pub(crate) bitmaps: Vec<ChainBitmap>,
-}
-
-/// A bitmap of ours, whatever its state.
-#[derive(Debug, Clone)]
-pub(crate) struct ChainBitmap {
-    pub(crate) name: BitmapName,
-    pub(crate) target: TargetId,
-    pub(crate) generation: Generation,
-    pub(crate) granularity: Granularity,
-    /// Why it cannot be relied on, if so.
-    pub(crate) fault: Option<&'static str>,
 }
 
 impl Disk {
@@ -84,6 +77,14 @@ impl Disk {
         of_target
             .filter(|bitmap| bitmap.fault.is_none())
             .map(|bitmap| (&bitmap.generation, bitmap.granularity))
+    }
+
+    /// The bitmap that such an increment is read by.
+    pub(crate) fn usable_bitmap(&self, target: &TargetId, generation: &Generation) -> Option<&ChainBitmap> {
+        let fits = |bitmap: &&ChainBitmap| {
+            bitmap.target == *target && bitmap.generation == *generation && bitmap.fault.is_none()
+        };
+        self.bitmaps.iter().find(fits)
     }
 
     /// Whether there is any bitmap of ours for `target`, fit for use or not: proof that this disk has points there.
@@ -110,52 +111,46 @@ struct Block {
 
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
-struct Inserted {
-    node_name: Option<NodeName>,
-    drv: String,
+pub(crate) struct Inserted {
+    pub(crate) node_name: Option<NodeName>,
+    pub(crate) drv: String,
     #[serde(default)]
-    file: String,
+    pub(crate) file: String,
     #[serde(default)]
     ro: bool,
-    image: Image,
+    pub(crate) image: Image,
     #[serde(default)]
-    dirty_bitmaps: Vec<Bitmap>,
+    pub(crate) dirty_bitmaps: Vec<Bitmap>,
 }
 
 impl Inserted {
     /// Whether the image can hold a bitmap: a qcow2 image of a version that has extensions.
-    fn keeps_bitmaps(&self) -> bool {
+    pub(crate) fn keeps_bitmaps(&self) -> bool {
         self.drv == "qcow2"
             && self.image.format_specific.as_ref().and_then(|specific| specific.pointer("/data/compat"))
                 != Some(&Value::from("0.10"))
-    }
-
-    fn chain_bitmaps(&self, disk: &DiskName) -> Result<Vec<ChainBitmap>> {
-        let keeps_bitmaps = self.keeps_bitmaps();
-        let bitmaps = self.dirty_bitmaps.iter();
-        bitmaps.filter_map(|bitmap| chain_bitmap(bitmap, disk, keeps_bitmaps).transpose()).collect()
     }
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
-struct Image {
-    virtual_size: Length,
+pub(crate) struct Image {
+    pub(crate) virtual_size: Length,
     format_specific: Option<Value>,
 }
 
 #[derive(Deserialize)]
-struct Bitmap {
-    name: Option<String>,
-    granularity: u64,
+pub(crate) struct Bitmap {
+    pub(crate) name: Option<String>,
+    pub(crate) granularity: u64,
     #[serde(default)]
-    recording: bool,
+    pub(crate) recording: bool,
     #[serde(default)]
-    busy: bool,
+    pub(crate) busy: bool,
     #[serde(default)]
-    inconsistent: bool,
+    pub(crate) inconsistent: bool,
     #[serde(default)]
-    persistent: bool,
+    pub(crate) persistent: bool,
 }
 
 #[derive(Deserialize)]
@@ -192,7 +187,7 @@ impl Machine {
             machine.add(block)?;
         }
         machine.find_iothreads(qmp).await?;
-        machine.find_image_files(qmp).await?;
+        machine.find_images(qmp).await?;
         Ok(machine)
     }
 
@@ -226,10 +221,11 @@ impl Machine {
                 image_file: None,
                 keeps_bitmaps,
                 takes_bitmaps: keeps_bitmaps && !found.ro,
-                bitmaps: found.chain_bitmaps(&disk.name)?,
+                image_id: None,
+                bitmaps: Vec::new(),
             });
         }
-        machine.find_image_files(qmp).await?;
+        machine.find_images(qmp).await?;
         Ok(machine)
     }
 
@@ -264,7 +260,7 @@ impl Machine {
             self.obstacles.push((name, "its front end has no drive".into()));
             return Ok(());
         };
-        let (bitmaps, keeps_bitmaps) = (inserted.chain_bitmaps(&name)?, inserted.keeps_bitmaps());
+        let keeps_bitmaps = inserted.keeps_bitmaps();
         let Some(node) = inserted.node_name else {
             self.obstacles.push((name, "QEMU tells no node name for it".into()));
             return Ok(());
@@ -291,7 +287,8 @@ impl Machine {
             image_file: None,
             keeps_bitmaps,
             takes_bitmaps: true,
-            bitmaps,
+            image_id: None,
+            bitmaps: Vec::new(),
         });
         Ok(())
     }
@@ -317,43 +314,26 @@ impl Machine {
 }
 
 impl Machine {
-    /// Looks which disks are in a file or a block device: a node of a format that we read, right above a `file` or
-    /// `host_device` one, with nothing in between that could throttle, fail or change what is read.
-    async fn find_image_files(&mut self, qmp: &Qmp) -> Result<()> {
-        let Some(pid) = qmp.peer_pid() else { return Ok(()) };
-        let below = children(qmp).await;
-        let nodes: Vec<Inserted> = ask(qmp, command::query_nodes()).await?;
+    /// Looks at the images of each disk.
+    async fn find_images(&mut self, qmp: &Qmp) -> Result<()> {
+        let graph = Graph::ask(qmp).await?;
         for disk in &mut self.disks {
-            let Some(format) = ImageFormat::of(&disk.format) else { continue };
-            let child = below.get(disk.node.as_str());
-            let named =
-                |node: &&Inserted| node.node_name.as_ref().map(NodeName::as_str) == child.map(String::as_str);
-            let file = child.and_then(|_| nodes.iter().find(named));
-            let file = file.filter(|node| matches!(node.drv.as_str(), "file" | "host_device"));
-            disk.image_file = match file {
-                Some(node) => ImageFile::find(pid, node.file.as_ref(), format).await,
-                None => None,
-            };
+            let Some(top) = graph.node(&disk.node) else { continue };
+            let layers = Layers::of(&graph, qmp.peer_pid(), &disk.name, top).await?;
+            (disk.image_id, disk.bitmaps) = (layers.image, layers.bitmaps);
+            disk.image_file = image_file(&graph, qmp.peer_pid(), disk).await;
         }
         Ok(())
     }
 }
 
-/// For each node the one that it stands on (its child `file`), as the graph says; nothing if QEMU has no such command.
-pub(crate) async fn children(qmp: &Qmp) -> BTreeMap<String, String> {
-    let Ok(graph) = ask::<Value>(qmp, command::query_graph()).await else { return BTreeMap::new() };
-    let list = |key: &str| graph.get(key).and_then(Value::as_array).cloned().unwrap_or_default();
-    let names: BTreeMap<u64, String> = list("nodes")
-        .iter()
-        .filter_map(|node| Some((node.get("id")?.as_u64()?, node.get("name")?.as_str()?.to_owned())))
-        .collect();
-    let edges = list("edges");
-    let files = edges.iter().filter(|edge| edge.get("name").and_then(Value::as_str) == Some("file"));
-    let pair = |edge: &Value| {
-        let name = |key| names.get(&edge.get(key)?.as_u64()?).cloned();
-        Some((name("parent")?, name("child")?))
-    };
-    files.filter_map(pair).collect()
+/// The file or block device of a disk: of a node of a format that we read, right above a `file` or `host_device` one, with
+/// nothing in between that could throttle, fail or change what is read.
+async fn image_file(graph: &Graph, qemu: Option<u32>, disk: &Disk) -> Option<ImageFile> {
+    let format = ImageFormat::of(&disk.format)?;
+    let file = graph.child(&disk.node, "file")?;
+    let plain = matches!(file.drv.as_str(), "file" | "host_device");
+    if plain { ImageFile::find(qemu?, file.file.as_ref(), format).await } else { None }
 }
 
 /// The state of a migration, by the reply to `query-migrate`, if one is under way.
@@ -392,39 +372,6 @@ async fn has_iothread(qmp: &Qmp, front_end: &str) -> Result<bool> {
         }
     }
     Ok(false)
-}
-
-/// What is wrong with a bitmap that has a name of ours and is not ours.
-pub(crate) const FOREIGN: &str = "its bitmap was made by someone else";
-
-fn chain_bitmap(bitmap: &Bitmap, disk: &DiskName, keeps_bitmaps: bool) -> Result<Option<ChainBitmap>> {
-    let Some(name) = &bitmap.name else { return Ok(None) };
-    let Some((target, generation, of_disk)) = names::parse_chain_bitmap(name) else { return Ok(None) };
-    let fault = if of_disk != *disk {
-        Some("its image was another disk's when the bitmap was made")
-    } else if bitmap.inconsistent {
-        Some("its bitmap is inconsistent: QEMU did not end cleanly")
-    } else if bitmap.busy {
-        Some("its bitmap is in use by something else")
-    } else if !bitmap.recording {
-        // It may have missed writes while it was off, and nothing tells since when.
-        Some("its bitmap was disabled by someone else")
-    } else if bitmap.persistent != keeps_bitmaps {
-        // We make them persistent wherever that is possible, so this one is not ours, whatever its name.
-        Some(FOREIGN)
-    } else {
-        None
-    };
-    let wrong = |error: Box<dyn std::error::Error + Send + Sync>| {
-        Error::new(ErrorKind::Inconsistent, "QEMU describes a dirty bitmap that cannot be").because(error)
-    };
-    Ok(Some(ChainBitmap {
-        name: name.parse().map_err(|error: stillpoint_model::NameError| wrong(error.into()))?,
-        target,
-        generation,
-        granularity: Granularity::try_from(bitmap.granularity).map_err(|error| wrong(error.into()))?,
-        fault,
-    }))
 }
 
 /// Where a machine keeps its firmware's flash; the one that can be written has the UEFI variables.

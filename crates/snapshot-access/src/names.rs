@@ -10,9 +10,10 @@
 //!  stillpoint-fd-0        fd set     (its `opaque`)
 //!  stillpoint-listener    descriptor (named by `getfd`)
 //!  stillpoint-read        bitmap     what this run reads of a disk, frozen; never stored
-//!  stillpoint.TARGET.POINT.DISK  bitmap   what changed on DISK since POINT was kept in TARGET
+//!  stillpoint.TARGET.POINT.IMAGE.DISK  bitmap   what changed on DISK since POINT was kept in TARGET, made on IMAGE
 //! ```
 
+use crate::image_id::ImageId;
 use stillpoint_model::{BitmapName, DiskName, Generation, NameError, NodeName, TargetId};
 
 /// Every node, export and descriptor of ours begins so, and no bitmap that outlives a run does.
@@ -67,20 +68,39 @@ pub(crate) fn is_ours(name: &str) -> bool {
 }
 
 /// The bitmap that records what changes on `disk` after `generation` was kept in `target`. The disk is named, since a
-/// point's generation is that of all its disks, and their images may change places.
+/// point's generation is that of all its disks, and their images may change places; the image, since others copy bitmaps by
+/// name, empty, to images that they put in its place (ADR 0019).
 pub(crate) fn chain_bitmap(
     target: &TargetId,
     generation: &Generation,
+    image: Option<&ImageId>,
     disk: &DiskName,
 ) -> Result<BitmapName, NameError> {
-    format!("{CHAIN_PREFIX}{target}.{generation}.{disk}").parse()
+    let image = image.map_or_else(|| ImageId::UNKNOWN.to_owned(), ToString::to_string);
+    format!("{CHAIN_PREFIX}{target}.{generation}.{image}.{disk}").parse()
 }
 
-/// Target, generation and disk of a bitmap of ours; `None` for anybody else's.
-pub(crate) fn parse_chain_bitmap(name: &str) -> Option<(TargetId, Generation, DiskName)> {
-    let (target, rest) = name.strip_prefix(CHAIN_PREFIX)?.split_once('.')?;
-    let (generation, disk) = rest.split_once('.')?;
-    Some((target.parse().ok()?, generation.parse().ok()?, disk.parse().ok()?))
+/// What the name of a bitmap of ours tells.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ChainName {
+    pub(crate) target: TargetId,
+    pub(crate) generation: Generation,
+    /// The image that it was made on.
+    pub(crate) image: ImageId,
+    pub(crate) disk: DiskName,
+}
+
+impl ChainName {
+    /// `None` for the name of anybody else's bitmap.
+    pub(crate) fn parse(name: &str) -> Option<Self> {
+        let mut parts = name.strip_prefix(CHAIN_PREFIX)?.splitn(4, '.');
+        Some(Self {
+            target: parts.next()?.parse().ok()?,
+            generation: parts.next()?.parse().ok()?,
+            image: ImageId::parse(parts.next()?)?,
+            disk: parts.next()?.parse().ok()?,
+        })
+    }
 }
 
 #[cfg(test)]
@@ -88,14 +108,15 @@ mod test {
     use super::*;
 
     #[test]
-    fn a_chain_bitmap_tells_its_target_and_generation() {
-        let target: TargetId = "0badcafe".parse().unwrap();
-        let generation: Generation = "20261123T162855Z-00000001".parse().unwrap();
+    fn a_chain_bitmap_tells_its_target_generation_image_and_disk() {
+        let (target, generation): (TargetId, Generation) =
+            ("0badcafe".parse().unwrap(), "20261123T162855Z-00000001".parse().unwrap());
+        let image = ImageId::parse("0123456789abcdef").unwrap();
         for disk in ["vda", "scsi0.1"] {
             let disk: DiskName = disk.parse().unwrap();
-            let name = chain_bitmap(&target, &generation, &disk).unwrap();
-            let known = (target.clone(), generation.clone(), disk);
-            assert_eq!(parse_chain_bitmap(name.as_str()), Some(known));
+            let name = chain_bitmap(&target, &generation, Some(&image), &disk).unwrap();
+            let (target, generation, image) = (target.clone(), generation.clone(), image.clone());
+            assert_eq!(ChainName::parse(name.as_str()), Some(ChainName { target, generation, image, disk }));
         }
     }
 
@@ -112,8 +133,10 @@ mod test {
             "stillpoint.0badcafe.latest.vda",
             "stillpoint.0badcafe.20261123T162855Z-00000001",
             "stillpoint.0badcafe.20261123T162855Z-00000001.",
+            "stillpoint.0badcafe.20261123T162855Z-00000001.vda",
+            "stillpoint.0badcafe.20261123T162855Z-00000001.0123456789abcdef.",
         ] {
-            assert_eq!(parse_chain_bitmap(foreign), None, "{foreign}");
+            assert_eq!(ChainName::parse(foreign), None, "{foreign}");
         }
     }
 

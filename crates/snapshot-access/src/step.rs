@@ -15,7 +15,7 @@
 //! | `ReadBitmap`     | `block-dirty-bitmap-add`, `-merge` | `block-dirty-bitmap-remove`                     |
 //! | `Freeze`         | `guest-fsfreeze-freeze`            | `guest-fsfreeze-thaw`, then `Thawed`            |
 //! | `Pause`          | `stop`                             | `cont`, then `Resumed`                          |
-//! | `Drive`          | `qom-set` to the filter            | `qom-set` to the disk's own node                |
+//! | `Drive`          | `qom-set` to the filter            | `qom-set` to the filter's child by then         |
 //! | `Junction`       | `qom-set` to the junction          | `qom-set` to the filter, which `Drive` undoes   |
 //! | `Export`         | `block-export-add`                 | `block-export-del`, then awaited                |
 
@@ -23,6 +23,7 @@ use crate::{
     command,
     error::{Error, ErrorKind, Result},
     fleecing, freeze,
+    graph::children,
     inspect::{ask, qmp_error},
     listener, names, power,
 };
@@ -129,7 +130,11 @@ impl Step {
             }
             Self::Freeze { agent } => freeze::thaw_after_a_death(agent).await,
             Self::Pause => resume(qmp).await,
-            Self::Drive { front_end, filter, original } => drive_back(qmp, front_end, filter, original).await,
+            Self::Drive { front_end, filter, original } => {
+                // Whoever put an overlay on the disk meanwhile put it below the filter: there the guest's writes are now.
+                let below = children(qmp).await.remove(filter.as_str()).and_then(|name| name.parse().ok());
+                drive_back(qmp, front_end, filter, below.as_ref().unwrap_or(original)).await
+            }
             Self::Junction { front_end, junction, filter } => {
                 drive_back(qmp, front_end, junction, filter).await
             }
@@ -251,12 +256,13 @@ async fn delete_node(qmp: &Qmp, name: &NodeName) -> Result<()> {
     }
 }
 
-/// Points a front end that is on `ours` at `original`.
-async fn drive_back(qmp: &Qmp, front_end: &str, ours: &NodeName, original: &NodeName) -> Result<()> {
+/// Points a front end that is on `ours` at `node`. It looks first: QEMU 7.2 aborts if a front end is pointed at the node that it is
+/// on already.
+async fn drive_back(qmp: &Qmp, front_end: &str, ours: &NodeName, node: &NodeName) -> Result<()> {
     match current_node(qmp, front_end).await? {
-        Some(node) if node == ours.as_str() => {
-            qmp.execute(command::set_drive(front_end, original)).await.map_err(|error| {
-                qmp_error(&format!("give front end {front_end} its node {original} back"), error)
+        Some(current) if current == ours.as_str() => {
+            qmp.execute(command::set_drive(front_end, node)).await.map_err(|error| {
+                qmp_error(&format!("give front end {front_end} its node {node} back"), error)
             })?;
             Ok(())
         }
@@ -266,7 +272,7 @@ async fn drive_back(qmp: &Qmp, front_end: &str, ours: &NodeName, original: &Node
 }
 
 /// The node that a front end is on now; `None` if there is no such front end any more.
-async fn current_node(qmp: &Qmp, front_end: &str) -> Result<Option<String>> {
+pub(crate) async fn current_node(qmp: &Qmp, front_end: &str) -> Result<Option<String>> {
     let blocks: Vec<Value> = ask(qmp, command::query_block()).await?;
     let bare = front_end.strip_prefix("/machine/peripheral/");
     let block = blocks.iter().find(|block| {

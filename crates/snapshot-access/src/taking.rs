@@ -10,8 +10,10 @@ use crate::{
     error::{Error, ErrorKind, Result},
     fleecing::FleecingImage,
     freeze::Freeze,
+    graph::children,
     guard::{Guard, Mark},
-    inspect::{ChainBitmap, FOREIGN, Machine, qmp_error, refused},
+    inspect::{Machine, qmp_error, refused},
+    layers::{Allocated, ChainBitmap, FOREIGN},
     listener::Listener,
     names::{self, Names},
     pause::{self, Instant},
@@ -58,6 +60,10 @@ struct TakingDisk {
     names: Names,
     image: Option<Arc<FleecingImage>>,
     chain: ChainDisk,
+    /// Images above the one whose bitmap the run reads by.
+    above: u64,
+    /// What those have.
+    allocated: Option<Arc<Allocated>>,
 }
 
 pub(crate) struct Opened {
@@ -83,6 +89,7 @@ impl Taking {
             self.add_disk(index, disk, settings).await?;
         }
         self.add_bitmaps(plan).await?;
+        self.ask_what_is_above(plan).await?;
         if self.off {
             self.freeze_read_bitmaps(plan).await?;
             return Ok(Instant { time: std::time::SystemTime::now(), pause: Duration::ZERO });
@@ -110,6 +117,7 @@ impl Taking {
         if self.joined {
             self.remove_junctions(plan).await?;
         }
+        self.refuse_changed_graph(plan).await?;
         self.freeze_read_bitmaps(plan).await?;
         Ok(instant)
     }
@@ -265,37 +273,43 @@ impl Taking {
         let (old, granularity) = match &plan.mode {
             ReadMode::Full { granularity } => (None, *granularity),
             ReadMode::Since(generation) => {
-                let bitmap = plan.disk.bitmaps.iter().find(|bitmap| {
-                    bitmap.target == settings.target
-                        && bitmap.generation == *generation
-                        && bitmap.fault.is_none()
-                });
+                let bitmap = plan.disk.usable_bitmap(&settings.target, generation);
                 let bitmap = bitmap.ok_or_else(|| {
                     Error::new(
                         ErrorKind::Inconsistent,
                         format!("disk {} has no bitmap since {generation}", plan.disk.name),
                     )
                 })?;
-                (Some(bitmap.name.clone()), bitmap.granularity)
+                (Some(bitmap), bitmap.granularity)
             }
         };
-        let new = names::chain_bitmap(&settings.target, &settings.point, &plan.disk.name).map_err(named)?;
-        let new = plan.disk.takes_bitmaps.then_some(new);
-        // What cannot take a new bitmap, cannot drop an old one either: a template keeps the one that it has.
+        let image_id = plan.disk.image_id.as_ref();
+        let new = names::chain_bitmap(&settings.target, &settings.point, image_id, &plan.disk.name);
+        let new = plan.disk.takes_bitmaps.then_some(new.map_err(named)?);
+        // What cannot take a new bitmap, cannot drop an old one either: a template keeps the one that it has. Those on images below stay: QEMU
+        // has these for reading only, and when what is above is committed into them, they tell what changed since their points.
         let ours = |bitmap: &&ChainBitmap| {
-            plan.disk.takes_bitmaps && bitmap.target == settings.target && bitmap.fault != Some(FOREIGN)
+            plan.disk.takes_bitmaps
+                && bitmap.above == 0
+                && bitmap.target == settings.target
+                && bitmap.fault != Some(FOREIGN)
         };
         let ours = plan.disk.bitmaps.iter().filter(ours);
+        let above = old.map_or(0, |bitmap| bitmap.above);
+        let mut read_by: Vec<_> = old.iter().map(|old| (old.node.clone(), old.name.clone())).collect();
+        if above > 0 {
+            read_by.extend(new.iter().map(|new| (plan.disk.node.clone(), new.clone())));
+        }
         let chain = ChainDisk {
             disk: plan.disk.name.clone(),
             node: plan.disk.node.clone(),
             new,
             earlier: ours.map(|bitmap| bitmap.name.clone()).collect(),
-            read_by: old,
+            read_by,
             granularity,
             persistent: plan.disk.keeps_bitmaps,
         };
-        self.disks.push(TakingDisk { names, image, chain });
+        self.disks.push(TakingDisk { names, image, chain, above, allocated: None });
         Ok(())
     }
 
@@ -342,6 +356,40 @@ impl Taking {
         Ok(())
     }
 
+    /// What the images have that are above those whose bitmaps the run reads by. The new bitmaps record meanwhile.
+    async fn ask_what_is_above(&mut self, plan: &[DiskPlan]) -> Result<()> {
+        let server = self.server()?;
+        for (plan, disk) in plan.iter().zip(&mut self.disks).filter(|(_, disk)| disk.above > 0) {
+            let id = disk.names.flush.clone();
+            self.steps.record(Step::Export { id: id.clone() })?;
+            let of = (&plan.disk.node, plan.disk.size);
+            let asked = Allocated::ask(&self.qmp, &server, &id, of, disk.above, disk.chain.granularity).await;
+            disk.allocated = Some(Arc::new(asked?));
+            Step::Export { id }.undo(&self.qmp).await?;
+        }
+        Ok(())
+    }
+
+    fn server(&self) -> Result<std::path::PathBuf> {
+        let path = self.listener.as_ref().map(Listener::path);
+        path.ok_or_else(|| Error::new(ErrorKind::Inconsistent, "there is no NBD listener"))
+    }
+
+    /// That nobody put anything between a filter and its disk before the instant: what was written there would be in no bitmap that this
+    /// run reads by. Whatever is put there from here on is above of what is read.
+    async fn refuse_changed_graph(&self, plan: &[DiskPlan]) -> Result<()> {
+        let below = children(&self.qmp).await;
+        for (plan, disk) in plan.iter().zip(&self.disks) {
+            let child = below.get(disk.names.filter.as_str());
+            if child.is_some_and(|child| child != plan.disk.node.as_str()) {
+                let context =
+                    format!("someone put another image on disk {} while the point was taken", plan.disk.name);
+                return Err(Error::new(ErrorKind::Changed, context));
+            }
+        }
+        Ok(())
+    }
+
     /// The instant. Without a guard the guest does not run.
     async fn switch(&mut self, plan: &[DiskPlan], guard: Option<&mut Guard>) -> Result<Instant> {
         let (mut switches, mut recorded) = (Vec::new(), Vec::new());
@@ -368,8 +416,8 @@ impl Taking {
     async fn freeze_read_bitmaps(&self, plan: &[DiskPlan]) -> Result<()> {
         let disks = plan.iter().zip(&self.disks);
         let merge = |(_, disk): (&DiskPlan, &TakingDisk)| {
-            let source = disk.chain.read_by.as_ref()?;
-            Some(command::merge_into_read_bitmap(&disk.chain.node, source))
+            let sources = Some(disk.chain.read_by.as_slice()).filter(|sources| !sources.is_empty())?;
+            Some(command::merge_into_read_bitmap(&disk.chain.node, sources))
         };
         let actions: Vec<_> = disks.filter_map(merge).collect();
         if !actions.is_empty() {
@@ -380,8 +428,7 @@ impl Taking {
 
     /// Makes the instant readable.
     pub(crate) async fn open(&mut self, plan: &[DiskPlan]) -> Result<Opened> {
-        let path = self.listener.as_ref().map(Listener::path);
-        let path = path.ok_or_else(|| Error::new(ErrorKind::Inconsistent, "there is no NBD listener"))?;
+        let path = self.server()?;
         let mut connections = Vec::new();
         for (plan, disk) in plan.iter().zip(&self.disks) {
             let names = &disk.names;
@@ -393,7 +440,7 @@ impl Taking {
                 exported = &names.access;
             }
             self.steps.record(Step::Export { id: names.export.clone() })?;
-            let bitmap = disk.chain.read_by.as_ref().map(|_| (&disk.chain.node, names::READ_BITMAP));
+            let bitmap = (!disk.chain.read_by.is_empty()).then_some((&disk.chain.node, names::READ_BITMAP));
             let export = command::add_export(&names.export, exported, bitmap, !self.off);
             self.execute(&format!("export disk {}", plan.disk.name), export).await?;
 
@@ -498,6 +545,7 @@ impl Taking {
                 size: plan.disk.size,
                 data,
                 dirty,
+                allocated: disk.allocated,
                 discards: settings
                     .fleecing_discard
                     .then(|| Mutex::new(DiscardPlanner::new(FILTER_CLUSTER, plan.disk.size))),

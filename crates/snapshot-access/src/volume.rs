@@ -4,6 +4,7 @@ use crate::{
     direct::{DirectImage, Proof, Proven, join},
     discard::DiscardPlanner,
     fleecing::FleecingImage,
+    layers::Allocated,
 };
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
@@ -51,6 +52,8 @@ pub(crate) struct AccessVolume {
     pub(crate) data: Client,
     /// What the bitmap says, where the disk has one for this run.
     pub(crate) dirty: Option<(Client, MetaContext)>,
+    /// What is dirty besides: what images have that are above the bitmap's.
+    pub(crate) allocated: Option<Arc<Allocated>>,
     /// `None` if nothing is given back before the end.
     pub(crate) discards: Option<Mutex<DiscardPlanner>>,
     /// Where old data is kept aside, if a guest runs that could overwrite it.
@@ -131,10 +134,17 @@ impl AccessVolume {
         let map = self.unless_stopped(client.map(context, from, MAP_WINDOW)).await?;
         let map = map.map_err(|error| self.unreadable("ask for what changed on", None).because(error))?;
         let kind = |dirty| if dirty { ExtentKind::Data } else { ExtentKind::Clean };
-        Ok(map
-            .into_iter()
-            .map(|part| Extent { range: part.range, kind: kind(part.is_dirty(context)) })
-            .collect())
+        let mut parts = Vec::new();
+        for part in map {
+            match &self.allocated {
+                Some(allocated) if !part.is_dirty(context) => {
+                    let cut = allocated.parts(part.range).into_iter();
+                    parts.extend(cut.map(|(range, dirty)| Extent { range, kind: kind(dirty) }));
+                }
+                _ => parts.push(Extent { range: part.range, kind: kind(part.is_dirty(context)) }),
+            }
+        }
+        Ok(parts)
     }
 
     /// Splits a part that has to be read into what reads as zeroes and what does not.

@@ -21,6 +21,9 @@ use stillpoint_snapshot_access::{
     Chain, Disk, DiskPlan, ErrorKind as AccessErrorKind, Machine, ReadMode, Settings, SnapshotAccess,
 };
 
+/// How often a run is begun when somebody else changes the VM's block graph in the moments before the instant.
+const TRIES: u32 = 4;
+
 /// One backup to make.
 pub(crate) struct Job<'a> {
     /// The VM's name in the target; `None` takes the name that QEMU was given.
@@ -41,23 +44,32 @@ impl Job<'_> {
     /// # Errors
     /// Whatever failed, after everything was undone (unless the exit status says otherwise).
     pub(crate) async fn run(&self, interrupt: &Interrupt) -> Result<Summary, Failure> {
-        let vm = ReachedVm::reach(self.name.as_ref(), self.vm, self.provider).await?;
-        let made = self.of(&vm, interrupt).await;
+        let mut vm = ReachedVm::reach(self.name.as_ref(), self.vm, self.provider).await?;
+        let made = self.of(&mut vm, interrupt).await;
         let off = vm.machine.off;
         vm.release().await;
         made.map_err(|failure| if off { failure.of_a_vm_that_is_off() } else { failure })
     }
 
-    async fn of(&self, vm: &ReachedVm, interrupt: &Interrupt) -> Result<Summary, Failure> {
+    async fn of(&self, vm: &mut ReachedVm, interrupt: &Interrupt) -> Result<Summary, Failure> {
         let name = self.vm_name(&vm.machine)?;
-        let disks = self.disks(&name, &vm.machine)?;
+        self.disks(&name, &vm.machine)?;
         let config = ConfigFiles::read(self.vm)?;
         let target = self.provider.job_init().await;
         let target = target.map_err(|error| provider_failure(&error, Guest::Untouched))?;
-        let run = Run { job: self, name, vm, target };
-        let result = match run.refuse_foreign(&disks) {
-            Ok(()) => run.backup(disks, config, interrupt).await,
-            Err(failure) => Err(failure),
+        let mut tries = 1;
+        let result = loop {
+            let run = Run { job: self, name: name.clone(), vm, target: target.clone() };
+            match run.run(config.clone(), interrupt).await {
+                Err(failure) if failure.vm_changed && tries < TRIES => {
+                    tracing::info!(why = failure.what(), "the run begins again");
+                    tries += 1;
+                }
+                ended => break ended,
+            }
+            if let Err(failure) = vm.look_again().await {
+                break Err(failure);
+            }
         };
         if let Err(error) = self.provider.job_cleanup().await {
             tracing::warn!(error = crate::failure::chain(&error), "the provider's clean-up failed");
@@ -122,6 +134,12 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
+    async fn run(&self, config: ConfigFiles, interrupt: &Interrupt) -> Result<Summary, Failure> {
+        let disks = self.job.disks(&self.name, &self.vm.machine)?;
+        self.refuse_foreign(&disks)?;
+        self.backup(disks, config, interrupt).await
+    }
+
     /// Images that only the target tells of are read only if they say themselves that they belong to it: whoever can
     /// write there could have named any file of this host.
     fn refuse_foreign(&self, disks: &[Disk]) -> Result<(), Failure> {
@@ -451,6 +469,11 @@ impl Run<'_> {
             AccessErrorKind::Cancelled => interrupted(Guest::Unharmed),
             AccessErrorKind::Ended => Failure::because(Exit::Failed, what, error).guest(Guest::Ended),
             AccessErrorKind::Refused => Failure::because(Exit::Failed, what, error).guest(Guest::Untouched),
+            AccessErrorKind::Changed => {
+                let mut failure = Failure::because(Exit::Failed, what, error).guest(Guest::Unharmed);
+                failure.vm_changed = true;
+                failure.next("run the backup again when nobody else takes or commits snapshots of this VM")
+            }
             _ => Failure::because(Exit::Failed, what, error).guest(Guest::Unharmed),
         }
     }
@@ -507,7 +530,9 @@ pub(crate) fn provider_failure(error: &stillpoint_provider::Error, guest: Guest)
         ProviderErrorKind::TargetForeign => {
             failure.next("name the right target; nothing in this place was changed")
         }
-        ProviderErrorKind::Unauthorized => failure.next("check the password or the credentials of the target"),
+        ProviderErrorKind::Unauthorized => {
+            failure.next("check the password or the credentials of the target")
+        }
         ProviderErrorKind::Unreachable => {
             failure.next("check the host's name and port, and that it runs and is reached from here")
         }

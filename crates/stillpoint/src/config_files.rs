@@ -19,6 +19,7 @@ use stillpoint_provider::{ConfigFile, ConfigRole};
 const MOST: u64 = 16 << 20;
 
 /// The files of one VM.
+#[derive(Clone)]
 pub(crate) struct ConfigFiles {
     /// To be stored.
     pub files: Vec<ConfigFile>,

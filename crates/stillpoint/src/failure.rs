@@ -74,12 +74,21 @@ pub struct Failure {
     guest: Guest,
     points: Option<&'static str>,
     next: Option<String>,
+    /// Whether the VM was changed by somebody else meanwhile, so that a new look is worth another try.
+    pub(crate) vm_changed: bool,
 }
 
 impl Failure {
     /// A failure of this status; `what` is the whole story in one line, causes included.
     pub fn new(exit: Exit, what: impl Into<String>) -> Self {
-        Self { exit, what: what.into(), guest: Guest::NotConcerned, points: None, next: None }
+        Self {
+            exit,
+            what: what.into(),
+            guest: Guest::NotConcerned,
+            points: None,
+            next: None,
+            vm_changed: false,
+        }
     }
 
     /// The command line or the configuration is wrong.

@@ -66,13 +66,19 @@ impl ReachedVm {
                 .guest(Guest::Ended)
                 .next("start the VM, then run the backup again"));
         }
-        let machine = Machine::inspect(&qmp).await.map_err(|error| {
-            let exit =
-                if error.kind() == AccessErrorKind::LeftBehind { Exit::LeftBehind } else { Exit::Failed };
-            Failure::because(exit, "this VM cannot be backed up as it is", &error).guest(Guest::Untouched)
-        })?;
+        let machine = inspect(&qmp).await?;
         let (images, recorded) = (None, false);
         Ok(Self { qmp, machine, recover, recorded, images, _running: Some(locked), _off: Vec::new() })
+    }
+
+    /// Looks at a VM that runs once more; whoever changed it may have copied what was ours to where it has to be undone.
+    ///
+    /// # Errors
+    /// As the first look.
+    pub(crate) async fn look_again(&mut self) -> Result<(), Failure> {
+        vm::recover(&self.qmp, &self.recover).await?;
+        self.machine = inspect(&self.qmp).await?;
+        Ok(())
     }
 
     async fn off(
@@ -111,6 +117,13 @@ impl ReachedVm {
             images.close().await;
         }
     }
+}
+
+async fn inspect(qmp: &Qmp) -> Result<Machine, Failure> {
+    Machine::inspect(qmp).await.map_err(|error| {
+        let exit = if error.kind() == AccessErrorKind::LeftBehind { Exit::LeftBehind } else { Exit::Failed };
+        Failure::because(exit, "this VM cannot be backed up as it is", &error).guest(Guest::Untouched)
+    })
 }
 
 async fn last_point(provider: &dyn Provider, name: &VmName) -> Option<PointRecord> {

@@ -121,6 +121,7 @@ impl GuestBuilder {
             images,
             control: None,
             own: None,
+            overlays: 0,
             _watch: watch,
             _mount: mount,
             work,
@@ -141,6 +142,8 @@ pub struct Guest {
     images: Vec<PathBuf>,
     control: Option<(UnixStream, BufReader<UnixStream>)>,
     own: Option<Monitor>,
+    /// How many overlays were put on its disks.
+    pub(crate) overlays: usize,
     _watch: Watch,
     _mount: Option<Mount>,
     work: TempDir,

@@ -38,6 +38,7 @@ mod monitor;
 pub mod nbd_peer;
 pub mod object_store;
 pub mod oracle;
+mod overlay;
 mod qemu;
 pub mod qmp_peer;
 pub mod requirements;

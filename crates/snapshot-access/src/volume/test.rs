@@ -105,6 +105,7 @@ async fn scene() -> Option<Scene> {
         name: "vda".parse().unwrap(),
         size,
         dirty: None,
+        allocated: None,
         discards: Some(Mutex::new(DiscardPlanner::new(Granularity::DEFAULT, size))),
         image: Some(Arc::new(opened)),
         proof: Some(Arc::new(Proof::new(data.clone(), Arc::clone(&fleecing), size))),
