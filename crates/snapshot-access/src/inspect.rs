@@ -1,24 +1,27 @@
 //! What there is: the machine's version and state, its disks, and the bitmaps on them. Reads only.
 
+mod front_end;
+mod graph;
+mod iothread;
+
+pub(crate) use graph::children;
+
 use crate::{
     command,
-    direct::{ImageFile, ImageFormat},
+    direct::ImageFile,
     error::{Error, ErrorKind, Result},
     names,
     offline::OfflineDisk,
 };
+use front_end::{disk_name, is_flash};
 use serde::Deserialize;
 use serde_json::Value;
-use std::{collections::BTreeMap, path::PathBuf};
+use std::path::PathBuf;
 use stillpoint_model::{BitmapName, DiskName, Generation, Granularity, Length, NodeName, TargetId};
 use stillpoint_qmp::{Command, Qmp, Version};
 
 /// The first QEMU whose copy-before-write filter can let go of a snapshot instead of failing the guest.
 const OLDEST_QEMU: (u32, u32, u32) = (7, 1, 0);
-/// Below this an NBD export of a node in an iothread aborts QEMU (fixed in 8.2.1 and 9.0).
-const IOTHREADS_FROM: (u32, u32, u32) = (8, 2, 1);
-/// From here on `stop` can lose an interrupt that an iothread is about to send (ADR 0017).
-const STOP_LOSES_INTERRUPTS_FROM: (u32, u32, u32) = (8, 2, 0);
 
 /// A running VM, as it was when it was looked at.
 #[derive(Debug)]
@@ -295,65 +298,6 @@ impl Machine {
         });
         Ok(())
     }
-
-    async fn find_iothreads(&mut self, qmp: &Qmp) -> Result<()> {
-        let threads: Vec<Value> = ask(qmp, command::query_iothreads()).await?;
-        if threads.is_empty() {
-            return Ok(());
-        }
-        // Whatever has it: a device that is not backed up would hang just the same.
-        self.stop_is_unsafe = self.qemu.number() >= STOP_LOSES_INTERRUPTS_FROM;
-        for disk in &self.disks {
-            if self.qemu.number() < IOTHREADS_FROM && has_iothread(qmp, &disk.front_end).await? {
-                let why = format!(
-                    "it has an iothread, and QEMU {} aborts when such a disk is exported (fixed in 8.2.1)",
-                    self.qemu
-                );
-                self.obstacles.push((disk.name.clone(), why));
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Machine {
-    /// Looks which disks are in a file or a block device: a node of a format that we read, right above a `file` or
-    /// `host_device` one, with nothing in between that could throttle, fail or change what is read.
-    async fn find_image_files(&mut self, qmp: &Qmp) -> Result<()> {
-        let Some(pid) = qmp.peer_pid() else { return Ok(()) };
-        let below = children(qmp).await;
-        let nodes: Vec<Inserted> = ask(qmp, command::query_nodes()).await?;
-        for disk in &mut self.disks {
-            let Some(format) = ImageFormat::of(&disk.format) else { continue };
-            let child = below.get(disk.node.as_str());
-            let named =
-                |node: &&Inserted| node.node_name.as_ref().map(NodeName::as_str) == child.map(String::as_str);
-            let file = child.and_then(|_| nodes.iter().find(named));
-            let file = file.filter(|node| matches!(node.drv.as_str(), "file" | "host_device"));
-            disk.image_file = match file {
-                Some(node) => ImageFile::find(pid, node.file.as_ref(), format).await,
-                None => None,
-            };
-        }
-        Ok(())
-    }
-}
-
-/// For each node the one that it stands on (its child `file`), as the graph says; nothing if QEMU has no such command.
-pub(crate) async fn children(qmp: &Qmp) -> BTreeMap<String, String> {
-    let Ok(graph) = ask::<Value>(qmp, command::query_graph()).await else { return BTreeMap::new() };
-    let list = |key: &str| graph.get(key).and_then(Value::as_array).cloned().unwrap_or_default();
-    let names: BTreeMap<u64, String> = list("nodes")
-        .iter()
-        .filter_map(|node| Some((node.get("id")?.as_u64()?, node.get("name")?.as_str()?.to_owned())))
-        .collect();
-    let edges = list("edges");
-    let files = edges.iter().filter(|edge| edge.get("name").and_then(Value::as_str) == Some("file"));
-    let pair = |edge: &Value| {
-        let name = |key| names.get(&edge.get(key)?.as_u64()?).cloned();
-        Some((name("parent")?, name("child")?))
-    };
-    files.filter_map(pair).collect()
 }
 
 /// The state of a migration, by the reply to `query-migrate`, if one is under way.
@@ -370,28 +314,6 @@ pub(crate) fn refuse_old(qemu: &Version) -> Result<()> {
         )));
     }
     Ok(())
-}
-
-/// Whether the device itself, or the controller that its bus belongs to, has an iothread.
-async fn has_iothread(qmp: &Qmp, front_end: &str) -> Result<bool> {
-    let mut start = vec![front_end.to_owned()];
-    if let Ok(Value::String(bus)) = qmp.execute(command::qom_get(front_end, "parent_bus")).await {
-        start.push(bus);
-    }
-    for path in start {
-        let mut path = path.as_str();
-        while !path.is_empty() && path != "/machine" {
-            match qmp.execute(command::qom_get(path, "iothread")).await {
-                Ok(Value::String(thread)) if !thread.is_empty() => return Ok(true),
-                Ok(_) => {}
-                // Most objects have no such property.
-                Err(error) if error.class().is_some() => {}
-                Err(error) => return Err(qmp_error("look for iothreads", error)),
-            }
-            path = path.rsplit_once('/').map_or("", |(parent, _)| parent);
-        }
-    }
-    Ok(false)
 }
 
 /// What is wrong with a bitmap that has a name of ours and is not ours.
@@ -427,34 +349,6 @@ fn chain_bitmap(bitmap: &Bitmap, disk: &DiskName, keeps_bitmaps: bool) -> Result
     }))
 }
 
-/// Where a machine keeps its firmware's flash; the one that can be written has the UEFI variables.
-const FLASH: &str = "/machine/system.flash";
-
-fn is_flash(front_end: &str) -> bool {
-    front_end.starts_with(FLASH)
-}
-
-/// The front end's id: `/machine/peripheral/ID/...` or the bare id; `pflashN` for the firmware's flash. A front end
-/// without an id is named by its drive, which a legacy `-drive` always has.
-fn disk_name(qdev: &str, device: &str) -> Result<DiskName> {
-    let flash = qdev.strip_prefix(FLASH).map(|number| format!("pflash{number}"));
-    let id = match qdev.strip_prefix("/machine/peripheral/") {
-        Some(rest) => rest.split('/').next().unwrap_or(rest),
-        None if flash.is_some() => flash.as_deref().unwrap_or_default(),
-        None if !qdev.starts_with('/') => qdev,
-        None if !device.is_empty() => device,
-        None => {
-            return Err(refused(format!(
-                "the disk at {} has no id; give its -device an id, which becomes the disk's name",
-                qdev.escape_debug()
-            )));
-        }
-    };
-    id.parse().map_err(|error| {
-        refused("a disk's id cannot be used as its name; give its -device another id").because(error)
-    })
-}
-
 pub(crate) fn refused(why: impl Into<String>) -> Error {
     Error::new(ErrorKind::Refused, why)
 }
@@ -472,21 +366,4 @@ pub(crate) async fn ask<T: serde::de::DeserializeOwned>(qmp: &Qmp, command: Comm
         Error::new(ErrorKind::Inconsistent, format!("QEMU's reply to {what} is not of the known form"))
             .because(error)
     })
-}
-
-#[cfg(test)]
-mod test {
-    use super::*;
-
-    #[test]
-    fn a_disk_is_named_by_its_front_ends_id() {
-        let name = |qdev, device| disk_name(qdev, device).map(String::from);
-        assert_eq!(name("/machine/peripheral/vda/virtio-backend", "").unwrap(), "vda");
-        assert_eq!(name("sd0", "").unwrap(), "sd0");
-        assert_eq!(name("/machine/peripheral-anon/device[3]/virtio-backend", "virtio0").unwrap(), "virtio0");
-        assert_eq!(name("/machine/system.flash1", "").unwrap(), "pflash1");
-        assert!(name("/machine/peripheral-anon/device[3]", "").is_err());
-        assert!(name("/machine/peripheral/..", "").is_err());
-        assert!(name("\u{1b}[2J", "").unwrap_err().to_string().chars().all(|c| !c.is_control()));
-    }
 }
