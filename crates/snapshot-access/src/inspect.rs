@@ -13,15 +13,21 @@ use crate::{
     names,
     offline::OfflineDisk,
 };
+pub use front_end::FrontEnd;
 use front_end::{disk_name, is_flash};
+use graph::Graph;
 use serde::Deserialize;
 use serde_json::Value;
 use std::path::PathBuf;
 use stillpoint_model::{BitmapName, DiskName, Generation, Granularity, Length, NodeName, TargetId};
+use stillpoint_provider::Skipped;
 use stillpoint_qmp::{Command, Qmp, Version};
 
 /// The first QEMU whose copy-before-write filter can let go of a snapshot instead of failing the guest.
 const OLDEST_QEMU: (u32, u32, u32) = (7, 1, 0);
+
+/// QEMU has one NBD server, and whoever started it would lose their exports with ours.
+pub(crate) const SERVER_IN_USE: &str = "QEMU's one NBD server is already in use, by a storage migration or another backup tool; try again when it has ended";
 
 /// A running VM, as it was when it was looked at.
 #[derive(Debug)]
@@ -36,8 +42,10 @@ pub struct Machine {
     pub status: String,
     /// Whether no QEMU runs it, and its images were opened by themselves.
     pub off: bool,
-    /// Its disks, in QEMU's order. Removable media are not disks.
+    /// Its disks, in QEMU's order, media in removable drives among them.
     pub disks: Vec<Disk>,
+    /// Its block devices that are not backed up, and why that loses nothing.
+    pub skipped: Vec<Skipped>,
     /// Whether `stop` could make a disk of it hang for good.
     pub(crate) stop_is_unsafe: bool,
     /// Disks in the way of a backup unless they are excluded, and why.
@@ -63,6 +71,8 @@ pub struct Disk {
     pub(crate) image_file: Option<ImageFile>,
     /// Whether the image can hold a bitmap across QEMU's end.
     pub(crate) keeps_bitmaps: bool,
+    /// Whether the guest cannot write it. Then nothing has to be kept aside for it, and it takes no bitmap.
+    pub read_only: bool,
     /// Whether a bitmap on it would be of use to the next run.
     pub(crate) takes_bitmaps: bool,
     /// The bitmaps of ours on it.
@@ -186,14 +196,17 @@ impl Machine {
             status: status.status,
             off: false,
             disks: Vec::new(),
+            skipped: Vec::new(),
             stop_is_unsafe: false,
             obstacles: Vec::new(),
         };
         machine.refuse_what_others_do(qmp).await?;
         let blocks: Vec<Block> = ask(qmp, command::query_block()).await?;
+        let graph = Graph::of(qmp).await;
         for block in blocks {
-            machine.add(block)?;
+            machine.add(qmp, block, &graph).await?;
         }
+        machine.find_disks_without_node(qmp).await?;
         machine.find_iothreads(qmp).await?;
         machine.find_image_files(qmp).await?;
         Ok(machine)
@@ -209,6 +222,7 @@ impl Machine {
             status: "off".into(),
             off: true,
             disks: Vec::new(),
+            skipped: Vec::new(),
             stop_is_unsafe: false,
             obstacles: Vec::new(),
         };
@@ -228,6 +242,7 @@ impl Machine {
                 image: Some(disk.image.clone()),
                 image_file: None,
                 keeps_bitmaps,
+                read_only: found.ro,
                 takes_bitmaps: keeps_bitmaps && !found.ro,
                 bitmaps: found.chain_bitmaps(&disk.name)?,
             });
@@ -255,35 +270,60 @@ impl Machine {
                 text("device")
             )));
         }
-        Ok(())
+        match qmp.execute(command::probe_server()).await {
+            Err(error) if error.desc().is_some_and(|desc| desc.contains("already running")) => {
+                Err(refused(SERVER_IN_USE))
+            }
+            Err(error) if error.class().is_some() => Ok(()),
+            Err(error) => Err(qmp_error("look for an NBD server", error)),
+            // Never seen: there is no such descriptor.
+            Ok(_) => qmp
+                .execute(command::stop_server())
+                .await
+                .map(|_| ())
+                .map_err(|error| qmp_error("stop a server", error)),
+        }
     }
 
-    fn add(&mut self, block: Block) -> Result<()> {
-        // Without a front end the guest cannot write it.
-        let Some(qdev) = block.qdev.filter(|_| !block.removable) else { return Ok(()) };
-        let name = disk_name(&qdev, &block.device)?;
-        let front_end = if qdev.starts_with('/') { qdev } else { format!("/machine/peripheral/{qdev}") };
+    async fn add(&mut self, qmp: &Qmp, block: Block, graph: &Graph) -> Result<()> {
+        let node = block.inserted.as_ref().and_then(|inserted| inserted.node_name.clone());
+        let node_name = node.as_ref().map(NodeName::as_str).unwrap_or_default();
+        let Some(qdev) = block.qdev else {
+            let name = if block.device.is_empty() { node_name } else { &block.device };
+            self.skip(name, "no device of the guest uses this drive");
+            return Ok(());
+        };
+        let name = disk_name(&qdev, &block.device, node_name)?;
+        let front_end = front_end::path(&qdev);
         let Some(inserted) = block.inserted else {
-            self.obstacles.push((name, "its front end has no drive".into()));
+            if block.removable {
+                self.skip(name.as_str(), "the drive is empty");
+            } else {
+                self.obstacles.push((name, "its front end has no drive".into()));
+            }
             return Ok(());
         };
         let (bitmaps, keeps_bitmaps) = (inserted.chain_bitmaps(&name)?, inserted.keeps_bitmaps());
-        let Some(node) = inserted.node_name else {
+        let Some(node) = node else {
             self.obstacles.push((name, "QEMU tells no node name for it".into()));
             return Ok(());
         };
-        if inserted.ro {
-            if is_flash(&front_end) {
-                // The firmware's code, which belongs to the host's packages.
-                return Ok(());
-            }
-            self.obstacles.push((name.clone(), "it is read-only".into()));
+        if inserted.ro && is_flash(&front_end) {
+            self.skip(name.as_str(), "it is the firmware's code, which only the host's packages change");
+            return Ok(());
+        }
+        let device = self.look_at_front_end(qmp, &front_end, &name).await?;
+        let known_as = if block.device.is_empty() { &qdev } else { &block.device };
+        if let Some(who) = graph.other_writer(node.as_str(), known_as) {
+            let why = format!("{who} writes it too, past what holds the instant");
+            self.obstacles.push((name.clone(), why));
         }
         if self.disks.iter().any(|disk| disk.name == name) {
             return Err(refused(format!(
                 "two disks are called {name}; give their front ends ids of their own"
             )));
         }
+        let read_only = inserted.ro || device == FrontEnd::ReadOnly;
         self.disks.push(Disk {
             name,
             front_end,
@@ -293,10 +333,15 @@ impl Machine {
             image: (inserted.file.starts_with('/')).then(|| PathBuf::from(inserted.file)),
             image_file: None,
             keeps_bitmaps,
-            takes_bitmaps: true,
+            read_only,
+            takes_bitmaps: !read_only,
             bitmaps,
         });
         Ok(())
+    }
+
+    fn skip(&mut self, name: &str, reason: &str) {
+        self.skipped.push(Skipped { name: name.to_owned(), reason: reason.to_owned() });
     }
 }
 

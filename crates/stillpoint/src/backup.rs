@@ -8,6 +8,7 @@ use crate::{
     progress::BackupProgress,
     reach::ReachedVm,
     runtime,
+    selection::Selection,
     summary::{DiskSummary, Summary},
 };
 use std::path::Path;
@@ -15,7 +16,7 @@ use std::time::{Duration, Instant};
 use stillpoint_model::{Granularity, Length, PointId, TargetId, VmName};
 use stillpoint_provider::{
     Backup, BitmapMode, ConfigFile, Consistency, DiskOffer, DiskRecord, ErrorKind as ProviderErrorKind,
-    Incremental, OfferedBitmap, PointRecord, Provider, VolumeReport,
+    Incremental, OfferedBitmap, PointRecord, Provider, Skipped, VolumeReport,
 };
 use stillpoint_snapshot_access::{
     Chain, Disk, DiskPlan, ErrorKind as AccessErrorKind, Machine, ReadMode, Settings, SnapshotAccess,
@@ -50,11 +51,16 @@ impl Job<'_> {
 
     async fn of(&self, vm: &ReachedVm, interrupt: &Interrupt) -> Result<Summary, Failure> {
         let name = self.vm_name(&vm.machine)?;
-        let disks = self.disks(&name, &vm.machine)?;
+        let selection = Selection::of(self.vm, &vm.machine);
+        if let Some((disk, why)) = selection.obstacles.first() {
+            return Err(Selection::obstacle(disk, why, &name));
+        }
+        let disks: Vec<Disk> = selection.disks.iter().map(|disk| (*disk).clone()).collect();
         let config = ConfigFiles::read(self.vm)?;
         let target = self.provider.job_init().await;
         let target = target.map_err(|error| provider_failure(&error, Guest::Untouched))?;
-        let run = Run { job: self, name, vm, target };
+        let Selection { skipped, warnings, .. } = selection;
+        let run = Run { job: self, name, vm, target, skipped, warnings };
         let result = match run.refuse_foreign(&disks) {
             Ok(()) => run.backup(disks, config, interrupt).await,
             Err(failure) => Err(failure),
@@ -83,29 +89,6 @@ impl Job<'_> {
                 .next(hint)
         })
     }
-
-    /// The disks to back up. A disk that is in the way has to be excluded by name: leaving one out unsaid would be
-    /// found out at the restore.
-    fn disks(&self, name: &VmName, machine: &Machine) -> Result<Vec<Disk>, Failure> {
-        let excluded = |disk: &stillpoint_model::DiskName| self.vm.exclude.contains(disk);
-        for unknown in &self.vm.exclude {
-            let known = machine.disks.iter().any(|disk| disk.name == *unknown)
-                || machine.obstacles.iter().any(|(disk, _)| disk == unknown);
-            if !known {
-                return Err(Failure::usage(format!("VM {name} has no disk {unknown} to exclude"))
-                    .guest(Guest::Untouched));
-            }
-        }
-        if let Some((disk, why)) = machine.obstacles.iter().find(|(disk, _)| !excluded(disk)) {
-            return Err(Failure::new(
-                Exit::Failed,
-                format!("disk {disk} of VM {name} cannot be backed up: {why}"),
-            )
-            .guest(Guest::Untouched)
-            .next(format!("change that, or leave the disk out: exclude = [\"{disk}\"] under [vm.{name}]")));
-        }
-        Ok(machine.disks.iter().filter(|disk| !excluded(&disk.name)).cloned().collect())
-    }
 }
 
 /// One disk with its fate decided.
@@ -119,6 +102,10 @@ struct Run<'a> {
     name: VmName,
     vm: &'a ReachedVm,
     target: TargetId,
+    /// Block devices that are not in the point.
+    skipped: Vec<Skipped>,
+    /// What the user has to know of the VM, whatever comes of the point.
+    warnings: Vec<String>,
 }
 
 impl Run<'_> {
@@ -194,10 +181,12 @@ impl Run<'_> {
         let taken = SnapshotAccess::take(self.vm.qmp.clone(), &self.vm.machine, plan, settings).await;
         let mut access = taken.map_err(|error| self.access_failure(&error))?;
         stillpoint_failpoint::reached("taken");
-        let mut warnings = config.read_again();
+        let mut warnings = self.warnings.clone();
+        warnings.extend(config.read_again());
 
         let read = self.read(backup, &mut access, &config.files, interrupt).await;
         let record = self.record(point, &decided, Some(&access));
+        warnings.extend(self.freeze_warning(&record));
         let states = access.disks();
         let freeze = access.freeze();
         let freeze_time = freeze.duration;
@@ -301,6 +290,8 @@ impl Run<'_> {
                 Incremental::Full { granularity, reason } => {
                     let reason = if self.job.full {
                         "asked for with --full".into()
+                    } else if disk.read_only {
+                        "it is read-only, so it has no bitmap".into()
                     } else {
                         disk.bitmap_fault(&self.target).map_or(reason, str::to_owned)
                     };
@@ -387,7 +378,7 @@ impl Run<'_> {
         committed.map_err(|error| provider_failure(&error, Guest::Untouched))?;
         Ok(Summary {
             exit: Exit::Done,
-            warnings: Vec::new(),
+            warnings: self.warnings.clone(),
             freeze_ms: 0.0,
             fleecing_peak_bytes: Length::ZERO,
             disks: Vec::new(),
@@ -435,9 +426,21 @@ impl Run<'_> {
             pause_ms: access.map_or(0.0, |access| crate::text::milliseconds(access.instant().pause)),
             qemu_version: self.vm.machine.qemu.to_string(),
             stillpoint_version: env!("CARGO_PKG_VERSION").to_owned(),
-            skipped: Vec::new(),
+            skipped: self.skipped.clone(),
             disks: decided.iter().map(disk).collect(),
         }
+    }
+
+    /// A freeze that was wanted and did not come about.
+    fn freeze_warning(&self, record: &PointRecord) -> Option<String> {
+        let wanted = self.job.vm.agent.is_some() && self.vm.machine.running;
+        let frozen = record.consistency == Consistency::FileSystemConsistent;
+        (wanted && !frozen).then(|| {
+            format!(
+                "the guest's file systems were not frozen, so the point is crash-consistent: {}",
+                record.consistency_reason
+            )
+        })
     }
 
     fn access_failure(&self, error: &stillpoint_snapshot_access::Error) -> Failure {
@@ -507,7 +510,9 @@ pub(crate) fn provider_failure(error: &stillpoint_provider::Error, guest: Guest)
         ProviderErrorKind::TargetForeign => {
             failure.next("name the right target; nothing in this place was changed")
         }
-        ProviderErrorKind::Unauthorized => failure.next("check the password or the credentials of the target"),
+        ProviderErrorKind::Unauthorized => {
+            failure.next("check the password or the credentials of the target")
+        }
         ProviderErrorKind::Unreachable => {
             failure.next("check the host's name and port, and that it runs and is reached from here")
         }

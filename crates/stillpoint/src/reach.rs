@@ -82,7 +82,7 @@ impl ReachedVm {
         recorded: bool,
     ) -> Result<Self, Failure> {
         let runtime = runtime::directory();
-        let excluded = |disk: &&OfflineDisk| !vm.exclude.contains(&disk.name);
+        let excluded = |disk: &&OfflineDisk| vm.excluded(&disk.name).is_none();
         let disks: Vec<_> = disks.iter().filter(excluded).cloned().collect();
         let mut locks = Vec::new();
         for disk in &disks {
@@ -120,7 +120,7 @@ async fn last_point(provider: &dyn Provider, name: &VmName) -> Option<PointRecor
 }
 
 fn recorded_disks(record: &PointRecord, vm: &Vm) -> Result<Vec<OfflineDisk>, String> {
-    let disks = record.disks.iter().filter(|disk| !vm.exclude.contains(&disk.name));
+    let disks = record.disks.iter().filter(|disk| vm.excluded(&disk.name).is_none());
     disks
         .map(|disk| {
             let why = |what: &str| {
