@@ -105,6 +105,7 @@ impl Vm {
             name: name.clone(),
             image: disk.image.clone(),
             format: disk.format.clone(),
+            key_file: disk.key_file.clone(),
         };
         self.disks.iter().map(disk).collect()
     }
@@ -112,12 +113,14 @@ impl Vm {
 
 /// The image of a disk.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(crate) struct DiskImage {
     /// File or block device.
     pub image: PathBuf,
     /// QEMU's name for its format. It is never guessed, since a guest decides what a raw disk looks like.
     pub format: String,
+    /// File with its key, if it is encrypted (LUKS).
+    pub key_file: Option<PathBuf>,
 }
 
 /// Fleecing.
