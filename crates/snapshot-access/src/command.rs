@@ -54,6 +54,10 @@ pub(crate) fn qom_get(path: &str, property: &str) -> Command {
     Command::with("qom-get", json!({"path": path, "property": property}))
 }
 
+pub(crate) fn qom_list(path: &str) -> Command {
+    Command::with("qom-list", json!({"path": path}))
+}
+
 /// Points the front end at another node; its `BlockBackend`, and with it throttling and error policy, stays.
 pub(crate) fn set_drive(front_end: &str, node: &NodeName) -> Command {
     Command::with("qom-set", json!({"path": front_end, "property": "drive", "value": node}))
@@ -105,6 +109,13 @@ pub(crate) fn start_server(disks: usize, path: Option<&Path>) -> Command {
         "nbd-server-start",
         json!({"addr": address, "max-connections": disks.saturating_mul(2).saturating_add(2)}),
     )
+}
+
+/// Tells whether the server runs, and starts none: QEMU looks for a running one first, and then finds no descriptor of
+/// this name. It has no query for its server.
+pub(crate) fn probe_server() -> Command {
+    let nowhere = json!({"type": "fd", "data": {"str": crate::names::NO_LISTENER}});
+    Command::with("nbd-server-start", json!({"addr": nowhere}))
 }
 
 pub(crate) fn stop_server() -> Command {

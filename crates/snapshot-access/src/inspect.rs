@@ -1,26 +1,32 @@
 //! What there is: the machine's version and state, its disks, and the bitmaps on them. Reads only.
 
+mod front_end;
+mod graph;
+mod iothread;
+
 use crate::{
     command,
     direct::{ImageFile, ImageFormat},
     error::{Error, ErrorKind, Result},
-    graph::Graph,
     image_id::ImageId,
     layers::{ChainBitmap, Layers},
     offline::OfflineDisk,
 };
+pub use front_end::FrontEnd;
+use front_end::{disk_name, is_flash};
+use graph::Graph;
 use serde::Deserialize;
 use serde_json::Value;
 use std::path::PathBuf;
 use stillpoint_model::{DiskName, Generation, Granularity, Length, NodeName, TargetId};
+use stillpoint_provider::Skipped;
 use stillpoint_qmp::{Command, Qmp, Version};
 
 /// The first QEMU whose copy-before-write filter can let go of a snapshot instead of failing the guest.
 const OLDEST_QEMU: (u32, u32, u32) = (7, 1, 0);
-/// Below this an NBD export of a node in an iothread aborts QEMU (fixed in 8.2.1 and 9.0).
-const IOTHREADS_FROM: (u32, u32, u32) = (8, 2, 1);
-/// From here on `stop` can lose an interrupt that an iothread is about to send (ADR 0017).
-const STOP_LOSES_INTERRUPTS_FROM: (u32, u32, u32) = (8, 2, 0);
+
+/// QEMU has one NBD server, and whoever started it would lose their exports with ours.
+pub(crate) const SERVER_IN_USE: &str = "QEMU's one NBD server is already in use, by a storage migration or another backup tool; try again when it has ended";
 
 /// A running VM, as it was when it was looked at.
 #[derive(Debug)]
@@ -35,8 +41,10 @@ pub struct Machine {
     pub status: String,
     /// Whether no QEMU runs it, and its images were opened by themselves.
     pub off: bool,
-    /// Its disks, in QEMU's order. Removable media are not disks.
+    /// Its disks, in QEMU's order, media in removable drives among them.
     pub disks: Vec<Disk>,
+    /// Its block devices that are not backed up, and why that loses nothing.
+    pub skipped: Vec<Skipped>,
     /// Whether `stop` could make a disk of it hang for good.
     pub(crate) stop_is_unsafe: bool,
     /// Disks in the way of a backup unless they are excluded, and why.
@@ -62,6 +70,8 @@ pub struct Disk {
     pub(crate) image_file: Option<ImageFile>,
     /// Whether the image can hold a bitmap across QEMU's end.
     pub(crate) keeps_bitmaps: bool,
+    /// Whether the guest cannot write it. Then nothing has to be kept aside for it, and it takes no bitmap.
+    pub read_only: bool,
     /// Whether a bitmap on it would be of use to the next run.
     pub(crate) takes_bitmaps: bool,
     /// Which image it is, for the names of bitmaps on it.
@@ -178,14 +188,17 @@ impl Machine {
             status: status.status,
             off: false,
             disks: Vec::new(),
+            skipped: Vec::new(),
             stop_is_unsafe: false,
             obstacles: Vec::new(),
         };
         machine.refuse_what_others_do(qmp).await?;
         let blocks: Vec<Block> = ask(qmp, command::query_block()).await?;
+        let graph = Graph::of(qmp).await;
         for block in blocks {
-            machine.add(block)?;
+            machine.add(qmp, block, &graph).await?;
         }
+        machine.find_disks_without_node(qmp).await?;
         machine.find_iothreads(qmp).await?;
         machine.find_images(qmp).await?;
         Ok(machine)
@@ -201,6 +214,7 @@ impl Machine {
             status: "off".into(),
             off: true,
             disks: Vec::new(),
+            skipped: Vec::new(),
             stop_is_unsafe: false,
             obstacles: Vec::new(),
         };
@@ -220,6 +234,7 @@ impl Machine {
                 image: Some(disk.image.clone()),
                 image_file: None,
                 keeps_bitmaps,
+                read_only: found.ro,
                 takes_bitmaps: keeps_bitmaps && !found.ro,
                 image_id: None,
                 bitmaps: Vec::new(),
@@ -248,35 +263,60 @@ impl Machine {
                 text("device")
             )));
         }
-        Ok(())
+        match qmp.execute(command::probe_server()).await {
+            Err(error) if error.desc().is_some_and(|desc| desc.contains("already running")) => {
+                Err(refused(SERVER_IN_USE))
+            }
+            Err(error) if error.class().is_some() => Ok(()),
+            Err(error) => Err(qmp_error("look for an NBD server", error)),
+            // Never seen: there is no such descriptor.
+            Ok(_) => qmp
+                .execute(command::stop_server())
+                .await
+                .map(|_| ())
+                .map_err(|error| qmp_error("stop a server", error)),
+        }
     }
 
-    fn add(&mut self, block: Block) -> Result<()> {
-        // Without a front end the guest cannot write it.
-        let Some(qdev) = block.qdev.filter(|_| !block.removable) else { return Ok(()) };
-        let name = disk_name(&qdev, &block.device)?;
-        let front_end = if qdev.starts_with('/') { qdev } else { format!("/machine/peripheral/{qdev}") };
+    async fn add(&mut self, qmp: &Qmp, block: Block, graph: &Graph) -> Result<()> {
+        let node = block.inserted.as_ref().and_then(|inserted| inserted.node_name.clone());
+        let node_name = node.as_ref().map(NodeName::as_str).unwrap_or_default();
+        let Some(qdev) = block.qdev else {
+            let name = if block.device.is_empty() { node_name } else { &block.device };
+            self.skip(name, "no device of the guest uses this drive");
+            return Ok(());
+        };
+        let name = disk_name(&qdev, &block.device, node_name)?;
+        let front_end = front_end::path(&qdev);
         let Some(inserted) = block.inserted else {
-            self.obstacles.push((name, "its front end has no drive".into()));
+            if block.removable {
+                self.skip(name.as_str(), "the drive is empty");
+            } else {
+                self.obstacles.push((name, "its front end has no drive".into()));
+            }
             return Ok(());
         };
         let keeps_bitmaps = inserted.keeps_bitmaps();
-        let Some(node) = inserted.node_name else {
+        let Some(node) = node else {
             self.obstacles.push((name, "QEMU tells no node name for it".into()));
             return Ok(());
         };
-        if inserted.ro {
-            if is_flash(&front_end) {
-                // The firmware's code, which belongs to the host's packages.
-                return Ok(());
-            }
-            self.obstacles.push((name.clone(), "it is read-only".into()));
+        if inserted.ro && is_flash(&front_end) {
+            self.skip(name.as_str(), "it is the firmware's code, which only the host's packages change");
+            return Ok(());
+        }
+        let device = self.look_at_front_end(qmp, &front_end, &name).await?;
+        let known_as = if block.device.is_empty() { &qdev } else { &block.device };
+        if let Some(who) = graph.other_writer(node.as_str(), known_as) {
+            let why = format!("{who} writes it too, past what holds the instant");
+            self.obstacles.push((name.clone(), why));
         }
         if self.disks.iter().any(|disk| disk.name == name) {
             return Err(refused(format!(
                 "two disks are called {name}; give their front ends ids of their own"
             )));
         }
+        let read_only = inserted.ro || device == FrontEnd::ReadOnly;
         self.disks.push(Disk {
             name,
             front_end,
@@ -286,37 +326,23 @@ impl Machine {
             image: (inserted.file.starts_with('/')).then(|| PathBuf::from(inserted.file)),
             image_file: None,
             keeps_bitmaps,
-            takes_bitmaps: true,
+            read_only,
+            takes_bitmaps: !read_only,
             image_id: None,
             bitmaps: Vec::new(),
         });
         Ok(())
     }
 
-    async fn find_iothreads(&mut self, qmp: &Qmp) -> Result<()> {
-        let threads: Vec<Value> = ask(qmp, command::query_iothreads()).await?;
-        if threads.is_empty() {
-            return Ok(());
-        }
-        // Whatever has it: a device that is not backed up would hang just the same.
-        self.stop_is_unsafe = self.qemu.number() >= STOP_LOSES_INTERRUPTS_FROM;
-        for disk in &self.disks {
-            if self.qemu.number() < IOTHREADS_FROM && has_iothread(qmp, &disk.front_end).await? {
-                let why = format!(
-                    "it has an iothread, and QEMU {} aborts when such a disk is exported (fixed in 8.2.1)",
-                    self.qemu
-                );
-                self.obstacles.push((disk.name.clone(), why));
-            }
-        }
-        Ok(())
+    fn skip(&mut self, name: &str, reason: &str) {
+        self.skipped.push(Skipped { name: name.to_owned(), reason: reason.to_owned() });
     }
 }
 
 impl Machine {
     /// Looks at the images of each disk.
     async fn find_images(&mut self, qmp: &Qmp) -> Result<()> {
-        let graph = Graph::ask(qmp).await?;
+        let graph = crate::graph::Graph::ask(qmp).await?;
         for disk in &mut self.disks {
             let Some(top) = graph.node(&disk.node) else { continue };
             let layers = Layers::of(&graph, qmp.peer_pid(), &disk.name, top).await?;
@@ -329,7 +355,7 @@ impl Machine {
 
 /// The file or block device of a disk: of a node of a format that we read, right above a `file` or `host_device` one, with
 /// nothing in between that could throttle, fail or change what is read.
-async fn image_file(graph: &Graph, qemu: Option<u32>, disk: &Disk) -> Option<ImageFile> {
+async fn image_file(graph: &crate::graph::Graph, qemu: Option<u32>, disk: &Disk) -> Option<ImageFile> {
     let format = ImageFormat::of(&disk.format)?;
     let file = graph.child(&disk.node, "file")?;
     let plain = matches!(file.drv.as_str(), "file" | "host_device");
@@ -352,56 +378,6 @@ pub(crate) fn refuse_old(qemu: &Version) -> Result<()> {
     Ok(())
 }
 
-/// Whether the device itself, or the controller that its bus belongs to, has an iothread.
-async fn has_iothread(qmp: &Qmp, front_end: &str) -> Result<bool> {
-    let mut start = vec![front_end.to_owned()];
-    if let Ok(Value::String(bus)) = qmp.execute(command::qom_get(front_end, "parent_bus")).await {
-        start.push(bus);
-    }
-    for path in start {
-        let mut path = path.as_str();
-        while !path.is_empty() && path != "/machine" {
-            match qmp.execute(command::qom_get(path, "iothread")).await {
-                Ok(Value::String(thread)) if !thread.is_empty() => return Ok(true),
-                Ok(_) => {}
-                // Most objects have no such property.
-                Err(error) if error.class().is_some() => {}
-                Err(error) => return Err(qmp_error("look for iothreads", error)),
-            }
-            path = path.rsplit_once('/').map_or("", |(parent, _)| parent);
-        }
-    }
-    Ok(false)
-}
-
-/// Where a machine keeps its firmware's flash; the one that can be written has the UEFI variables.
-const FLASH: &str = "/machine/system.flash";
-
-fn is_flash(front_end: &str) -> bool {
-    front_end.starts_with(FLASH)
-}
-
-/// The front end's id: `/machine/peripheral/ID/...` or the bare id; `pflashN` for the firmware's flash. A front end
-/// without an id is named by its drive, which a legacy `-drive` always has.
-fn disk_name(qdev: &str, device: &str) -> Result<DiskName> {
-    let flash = qdev.strip_prefix(FLASH).map(|number| format!("pflash{number}"));
-    let id = match qdev.strip_prefix("/machine/peripheral/") {
-        Some(rest) => rest.split('/').next().unwrap_or(rest),
-        None if flash.is_some() => flash.as_deref().unwrap_or_default(),
-        None if !qdev.starts_with('/') => qdev,
-        None if !device.is_empty() => device,
-        None => {
-            return Err(refused(format!(
-                "the disk at {} has no id; give its -device an id, which becomes the disk's name",
-                qdev.escape_debug()
-            )));
-        }
-    };
-    id.parse().map_err(|error| {
-        refused("a disk's id cannot be used as its name; give its -device another id").because(error)
-    })
-}
-
 pub(crate) fn refused(why: impl Into<String>) -> Error {
     Error::new(ErrorKind::Refused, why)
 }
@@ -419,21 +395,4 @@ pub(crate) async fn ask<T: serde::de::DeserializeOwned>(qmp: &Qmp, command: Comm
         Error::new(ErrorKind::Inconsistent, format!("QEMU's reply to {what} is not of the known form"))
             .because(error)
     })
-}
-
-#[cfg(test)]
-mod test {
-    use super::*;
-
-    #[test]
-    fn a_disk_is_named_by_its_front_ends_id() {
-        let name = |qdev, device| disk_name(qdev, device).map(String::from);
-        assert_eq!(name("/machine/peripheral/vda/virtio-backend", "").unwrap(), "vda");
-        assert_eq!(name("sd0", "").unwrap(), "sd0");
-        assert_eq!(name("/machine/peripheral-anon/device[3]/virtio-backend", "virtio0").unwrap(), "virtio0");
-        assert_eq!(name("/machine/system.flash1", "").unwrap(), "pflash1");
-        assert!(name("/machine/peripheral-anon/device[3]", "").is_err());
-        assert!(name("/machine/peripheral/..", "").is_err());
-        assert!(name("\u{1b}[2J", "").unwrap_err().to_string().chars().all(|c| !c.is_control()));
-    }
 }

@@ -71,7 +71,7 @@ pub use discard::DiscardPlanner;
 pub use error::{Error, ErrorKind, Result};
 pub use freeze::Freeze;
 pub use guard::run_guard;
-pub use inspect::{Disk, Machine};
+pub use inspect::{Disk, FrontEnd, Machine};
 pub use journal::sweep;
 pub use listener::private_directory;
 pub use lock::RunLock;

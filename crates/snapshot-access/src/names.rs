@@ -22,6 +22,8 @@ pub(crate) const PREFIX: &str = "stillpoint-";
 pub(crate) const CHAIN_PREFIX: &str = "stillpoint.";
 /// Name of the listener's descriptor in the monitor.
 pub(crate) const LISTENER: &str = "stillpoint-listener";
+/// Name of a descriptor that nobody ever passes.
+pub(crate) const NO_LISTENER: &str = "stillpoint-no-listener";
 /// The frozen copy of a bitmap that one run reads by.
 pub(crate) const READ_BITMAP: &str = "stillpoint-read";
 

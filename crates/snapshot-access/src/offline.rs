@@ -18,7 +18,7 @@ use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use serde_json::json;
 use std::{
     ffi::OsString,
-    os::unix::process::CommandExt as _,
+    os::unix::{fs::FileTypeExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
@@ -45,9 +45,32 @@ pub struct OfflineDisk {
     pub image: PathBuf,
     /// QEMU's driver for it (`qcow2`, `raw`, ...). It is never guessed: a guest decides what its disk looks like.
     pub format: String,
+    /// File with the key of an encrypted image (LUKS): all its bytes are the passphrase, as for QEMU's own `secret` object.
+    pub key_file: Option<PathBuf>,
 }
 
 impl OfflineDisk {
+    /// QEMU's driver for what the image is in: `file` takes no block devices.
+    fn protocol(&self) -> &'static str {
+        let device = std::fs::metadata(&self.image).is_ok_and(|found| found.file_type().is_block_device());
+        if device { "host_device" } else { "file" }
+    }
+
+    /// The option by which QEMU's driver of its format gets the key, if there is one.
+    fn key_option(&self, secret: &str) -> Result<Option<(&'static str, serde_json::Value)>> {
+        let Some(path) = &self.key_file else { return Ok(None) };
+        match self.format.as_str() {
+            "luks" => Ok(Some(("key-secret", json!(secret)))),
+            "qcow2" => Ok(Some(("encrypt", json!({"format": "luks", "key-secret": secret})))),
+            other => Err(refused(format!(
+                "disk {} has the key file {}, but an image of format {} takes none; LUKS on a raw image is format \"luks\"",
+                self.name,
+                path.display(),
+                other.escape_debug()
+            ))),
+        }
+    }
+
     /// Whether the image can only be read, as that of a template.
     fn is_read_only(&self) -> bool {
         let no_bits = std::fs::metadata(&self.image).is_ok_and(|found| found.permissions().readonly());
@@ -103,15 +126,31 @@ impl OfflineImages {
         for (index, disk) in disks.iter().enumerate() {
             let node = format!("disk-{index}");
             let read_only = disk.is_read_only();
-            let file = json!({"driver": "file", "filename": disk.image});
-            let options =
+            let file = json!({"driver": disk.protocol(), "filename": disk.image});
+            let mut options =
                 json!({"driver": disk.format, "node-name": node, "read-only": read_only, "file": file});
+            let secret = format!("key-{index}");
+            if let (Some(key), Some((name, value))) = (&disk.key_file, disk.key_option(&secret)?) {
+                let object = json!({"qom-type": "secret", "id": secret, "file": key});
+                let added = self.qmp.execute(Command::with("object-add", object)).await;
+                let why = format!("the key of disk {} cannot be read from {}", disk.name, key.display());
+                added.map_err(|error| refused(why).because(error))?;
+                if let Some(options) = options.as_object_mut() {
+                    options.insert(name.to_owned(), value);
+                }
+            }
             let added = self.qmp.execute(Command::with("blockdev-add", options)).await;
             added.map_err(|error| {
-                let in_use = error.desc().is_some_and(|desc| desc.contains("lock"));
+                let says = |word: &str| error.desc().is_some_and(|desc| desc.contains(word));
+                let in_use = says("lock");
                 let image = disk.image.display();
                 let why = if in_use {
                     format!("image {image} is in use: the VM is not off, or another program works on it")
+                } else if says("key-secret") {
+                    format!(
+                        "image {image} of disk {} is encrypted; name the file with its key: disks.{} = {{ ..., key-file = \"...\" }}",
+                        disk.name, disk.name
+                    )
                 } else {
                     format!("image {image} of disk {} cannot be opened as {}", disk.name, disk.format)
                 };

@@ -12,7 +12,7 @@ use crate::{
     freeze::Freeze,
     graph::children,
     guard::{Guard, Mark},
-    inspect::{Machine, qmp_error, refused},
+    inspect::{Machine, SERVER_IN_USE, qmp_error, refused},
     layers::{Allocated, ChainBitmap, FOREIGN},
     listener::Listener,
     names::{self, Names},
@@ -66,6 +66,13 @@ struct TakingDisk {
     allocated: Option<Arc<Allocated>>,
 }
 
+impl TakingDisk {
+    /// Whether a guest could write it, so that its old data has to be kept aside. What is not written is read as it is.
+    fn is_written(&self) -> bool {
+        self.image.is_some()
+    }
+}
+
 pub(crate) struct Opened {
     connections: Vec<(Client, Option<(Client, MetaContext)>)>,
     images: Vec<Option<Arc<DirectImage>>>,
@@ -90,11 +97,14 @@ impl Taking {
         }
         self.add_bitmaps(plan).await?;
         self.ask_what_is_above(plan).await?;
-        if self.off {
+        if !self.disks.iter().any(TakingDisk::is_written) {
+            if !self.off {
+                self.freeze = Freeze::without("the guest writes to none of its disks");
+            }
             self.freeze_read_bitmaps(plan).await?;
             return Ok(Instant { time: std::time::SystemTime::now(), pause: Duration::ZERO });
         }
-        for (disk, taking) in plan.iter().zip(&self.disks) {
+        for (disk, taking) in plan.iter().zip(&self.disks).filter(|(_, taking)| taking.is_written()) {
             self.steps.record(Step::Node { name: taking.names.filter.clone() })?;
             let filter = command::add_filter(
                 &taking.names.filter,
@@ -194,6 +204,9 @@ impl Taking {
         self.joined = true;
         for index in 0..plan.len() {
             let (Some(plan), Some(taking)) = (plan.get(index), self.disks.get(index)) else { break };
+            if !taking.is_written() {
+                continue;
+            }
             let (front_end, node) = (plan.disk.front_end.clone(), plan.disk.node.clone());
             let Names { filter, junction, .. } = taking.names.clone();
             let add = command::add_junction(&junction, &node);
@@ -210,13 +223,14 @@ impl Taking {
     /// The instant of a guest that is not paused for it: QEMU drains all disks, so that nothing is on its way to any of
     /// them, slides the filters in, and lets requests in again.
     async fn switch_junctions(&self) -> Result<Instant> {
-        let junctions = self.disks.iter().map(|disk| (&disk.names.junction, &disk.names.filter));
+        let written = self.disks.iter().filter(|disk| disk.is_written());
+        let junctions = written.map(|disk| (&disk.names.junction, &disk.names.filter));
         pause::drain_and_switch(&self.qmp, command::switch_junctions(junctions)).await
     }
 
     /// Takes the junctions out, which have served, so that the front ends are on their filters.
     async fn remove_junctions(&self, plan: &[DiskPlan]) -> Result<()> {
-        for (plan, disk) in plan.iter().zip(&self.disks) {
+        for (plan, disk) in plan.iter().zip(&self.disks).filter(|(_, disk)| disk.is_written()) {
             let leave = command::set_drive(&plan.disk.front_end, &disk.names.filter);
             self.execute(&format!("point disk {} at its filter", plan.disk.name), leave).await?;
             let remove = command::delete_node(disk.names.junction.as_str());
@@ -254,10 +268,7 @@ impl Taking {
         match self.qmp.execute(command::start_server(plan.len(), path.as_deref())).await {
             Ok(_) => {}
             Err(error) if error.desc().is_some_and(|desc| desc.contains("already running")) => {
-                return Err(refused(
-                    "QEMU's one NBD server is already in use, by a storage migration or another backup tool; try again when it has ended",
-                )
-                .because(error));
+                return Err(refused(SERVER_IN_USE).because(error));
             }
             Err(error) => return Err(qmp_error("start QEMU's NBD server", error)),
         }
@@ -269,7 +280,8 @@ impl Taking {
         let named =
             |error| Error::new(ErrorKind::Inconsistent, "cannot name what belongs to a disk").because(error);
         let names = Names::new(index).map_err(named)?;
-        let image = if self.off { None } else { Some(self.add_fleecing(&names, plan, settings).await?) };
+        let written = !self.off && !plan.disk.read_only;
+        let image = if written { Some(self.add_fleecing(&names, plan, settings).await?) } else { None };
         let (old, granularity) = match &plan.mode {
             ReadMode::Full { granularity } => (None, *granularity),
             ReadMode::Since(generation) => {
@@ -393,7 +405,7 @@ impl Taking {
     /// The instant. Without a guard the guest does not run.
     async fn switch(&mut self, plan: &[DiskPlan], guard: Option<&mut Guard>) -> Result<Instant> {
         let (mut switches, mut recorded) = (Vec::new(), Vec::new());
-        for (plan, disk) in plan.iter().zip(&self.disks) {
+        for (plan, disk) in plan.iter().zip(&self.disks).filter(|(_, disk)| disk.is_written()) {
             let filter = disk.names.filter.clone();
             switches.push(command::set_drive(&plan.disk.front_end, &filter));
             recorded.push((plan, filter));
@@ -433,7 +445,7 @@ impl Taking {
         for (plan, disk) in plan.iter().zip(&self.disks) {
             let names = &disk.names;
             let mut exported: &NodeName = &plan.disk.node;
-            if !self.off {
+            if disk.is_written() {
                 self.steps.record(Step::Node { name: names.access.clone() })?;
                 let access = command::add_access(&names.access, &names.filter);
                 self.execute("add the snapshot access", access).await?;
@@ -441,7 +453,7 @@ impl Taking {
             }
             self.steps.record(Step::Export { id: names.export.clone() })?;
             let bitmap = (!disk.chain.read_by.is_empty()).then_some((&disk.chain.node, names::READ_BITMAP));
-            let export = command::add_export(&names.export, exported, bitmap, !self.off);
+            let export = command::add_export(&names.export, exported, bitmap, disk.is_written());
             self.execute(&format!("export disk {}", plan.disk.name), export).await?;
 
             let failed = |error: stillpoint_nbd::Error| {
@@ -482,7 +494,7 @@ impl Taking {
             let fleecing = self.disks.get(index).and_then(|disk| disk.image.as_ref());
             let tells = fleecing.is_none_or(|fleecing| fleecing.tells_what_is_kept());
             let mut file = plan.disk.image_file.as_ref().filter(|_| tells);
-            if !self.off && file.is_some_and(ImageFile::needs_flush) {
+            if fleecing.is_some() && file.is_some_and(ImageFile::needs_flush) {
                 let flushing = tokio::time::timeout(FLUSH_DEADLINE, self.flush(index, plan, server)).await;
                 let flushed =
                     flushing.unwrap_or_else(|late| Err(Error::new(ErrorKind::Qmp, "flush").because(late)));
@@ -540,6 +552,7 @@ impl Taking {
             let proof = disk.image.as_ref().filter(|_| image.is_some());
             let proof = proof
                 .map(|fleecing| Arc::new(Proof::new(data.clone(), Arc::clone(fleecing), plan.disk.size)));
+            let piece = reads_within(self.qmp.version().number(), FILTER_CLUSTER, !disk.is_written());
             volumes.push(Arc::new(AccessVolume {
                 name: plan.disk.name,
                 size: plan.disk.size,
@@ -552,7 +565,7 @@ impl Taking {
                 fleecing: disk.image,
                 image,
                 proof,
-                piece: reads_within(self.qmp.version().number(), FILTER_CLUSTER, self.off),
+                piece,
                 stop: stopped.clone(),
                 read: AtomicU64::new(0),
                 past_qemu: AtomicU64::new(0),

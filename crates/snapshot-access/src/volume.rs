@@ -31,8 +31,8 @@ const MAP_WINDOW: Length = Length::new(16 << 30);
 const MIXED_READS_FROM: (u32, u32, u32) = (8, 1, 0);
 
 /// How much one read may span on this QEMU. Within one cluster all bits are the same, and the fault cannot show.
-pub(crate) fn reads_within(qemu: (u32, u32, u32), cluster: Granularity, off: bool) -> Length {
-    if qemu < MIXED_READS_FROM && !off { cluster.length() } else { READ_MOST }
+pub(crate) fn reads_within(qemu: (u32, u32, u32), cluster: Granularity, unwritten: bool) -> Length {
+    if qemu < MIXED_READS_FROM && !unwritten { cluster.length() } else { READ_MOST }
 }
 
 /// Why all reading has to end.

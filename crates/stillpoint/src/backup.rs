@@ -8,6 +8,7 @@ use crate::{
     progress::BackupProgress,
     reach::ReachedVm,
     runtime,
+    selection::Selection,
     summary::{DiskSummary, Summary},
 };
 use std::path::Path;
@@ -15,7 +16,7 @@ use std::time::{Duration, Instant};
 use stillpoint_model::{Granularity, Length, PointId, TargetId, VmName};
 use stillpoint_provider::{
     Backup, BitmapMode, ConfigFile, Consistency, DiskOffer, DiskRecord, ErrorKind as ProviderErrorKind,
-    Incremental, OfferedBitmap, PointRecord, Provider, VolumeReport,
+    Incremental, OfferedBitmap, PointRecord, Provider, Skipped, VolumeReport,
 };
 use stillpoint_snapshot_access::{
     Chain, Disk, DiskPlan, ErrorKind as AccessErrorKind, Machine, ReadMode, Settings, SnapshotAccess,
@@ -53,14 +54,13 @@ impl Job<'_> {
 
     async fn of(&self, vm: &mut ReachedVm, interrupt: &Interrupt) -> Result<Summary, Failure> {
         let name = self.vm_name(&vm.machine)?;
-        self.disks(&name, &vm.machine)?;
+        self.selection(&name, &vm.machine)?;
         let config = ConfigFiles::read(self.vm)?;
         let target = self.provider.job_init().await;
         let target = target.map_err(|error| provider_failure(&error, Guest::Untouched))?;
         let mut tries = 1;
         let result = loop {
-            let run = Run { job: self, name: name.clone(), vm, target: target.clone() };
-            match run.run(config.clone(), interrupt).await {
+            match self.attempt(&name, vm, &target, config.clone(), interrupt).await {
                 Err(failure) if failure.vm_changed && tries < TRIES => {
                     tracing::info!(why = failure.what(), "the run begins again");
                     tries += 1;
@@ -75,6 +75,31 @@ impl Job<'_> {
             tracing::warn!(error = crate::failure::chain(&error), "the provider's clean-up failed");
         }
         result
+    }
+
+    /// What of the VM goes into the point.
+    fn selection<'m>(&self, name: &VmName, machine: &'m Machine) -> Result<Selection<'m>, Failure> {
+        let selection = Selection::of(self.vm, machine);
+        match selection.obstacles.first() {
+            Some((disk, why)) => Err(Selection::obstacle(disk, why, name)),
+            None => Ok(selection),
+        }
+    }
+
+    async fn attempt(
+        &self,
+        name: &VmName,
+        vm: &ReachedVm,
+        target: &TargetId,
+        config: ConfigFiles,
+        interrupt: &Interrupt,
+    ) -> Result<Summary, Failure> {
+        let selection = self.selection(name, &vm.machine)?;
+        let disks: Vec<Disk> = selection.disks.iter().map(|disk| (*disk).clone()).collect();
+        let Selection { skipped, warnings, .. } = selection;
+        let run = Run { job: self, name: name.clone(), vm, target: target.clone(), skipped, warnings };
+        run.refuse_foreign(&disks)?;
+        run.backup(disks, config, interrupt).await
     }
 
     fn vm_name(&self, machine: &Machine) -> Result<VmName, Failure> {
@@ -95,29 +120,6 @@ impl Job<'_> {
                 .next(hint)
         })
     }
-
-    /// The disks to back up. A disk that is in the way has to be excluded by name: leaving one out unsaid would be
-    /// found out at the restore.
-    fn disks(&self, name: &VmName, machine: &Machine) -> Result<Vec<Disk>, Failure> {
-        let excluded = |disk: &stillpoint_model::DiskName| self.vm.exclude.contains(disk);
-        for unknown in &self.vm.exclude {
-            let known = machine.disks.iter().any(|disk| disk.name == *unknown)
-                || machine.obstacles.iter().any(|(disk, _)| disk == unknown);
-            if !known {
-                return Err(Failure::usage(format!("VM {name} has no disk {unknown} to exclude"))
-                    .guest(Guest::Untouched));
-            }
-        }
-        if let Some((disk, why)) = machine.obstacles.iter().find(|(disk, _)| !excluded(disk)) {
-            return Err(Failure::new(
-                Exit::Failed,
-                format!("disk {disk} of VM {name} cannot be backed up: {why}"),
-            )
-            .guest(Guest::Untouched)
-            .next(format!("change that, or leave the disk out: exclude = [\"{disk}\"] under [vm.{name}]")));
-        }
-        Ok(machine.disks.iter().filter(|disk| !excluded(&disk.name)).cloned().collect())
-    }
 }
 
 /// One disk with its fate decided.
@@ -131,15 +133,13 @@ struct Run<'a> {
     name: VmName,
     vm: &'a ReachedVm,
     target: TargetId,
+    /// Block devices that are not in the point.
+    skipped: Vec<Skipped>,
+    /// What the user has to know of the VM, whatever comes of the point.
+    warnings: Vec<String>,
 }
 
 impl Run<'_> {
-    async fn run(&self, config: ConfigFiles, interrupt: &Interrupt) -> Result<Summary, Failure> {
-        let disks = self.job.disks(&self.name, &self.vm.machine)?;
-        self.refuse_foreign(&disks)?;
-        self.backup(disks, config, interrupt).await
-    }
-
     /// Images that only the target tells of are read only if they say themselves that they belong to it: whoever can
     /// write there could have named any file of this host.
     fn refuse_foreign(&self, disks: &[Disk]) -> Result<(), Failure> {
@@ -212,10 +212,12 @@ impl Run<'_> {
         let taken = SnapshotAccess::take(self.vm.qmp.clone(), &self.vm.machine, plan, settings).await;
         let mut access = taken.map_err(|error| self.access_failure(&error))?;
         stillpoint_failpoint::reached("taken");
-        let mut warnings = config.read_again();
+        let mut warnings = self.warnings.clone();
+        warnings.extend(config.read_again());
 
         let read = self.read(backup, &mut access, &config.files, interrupt).await;
         let record = self.record(point, &decided, Some(&access));
+        warnings.extend(self.freeze_warning(&record));
         let states = access.disks();
         let freeze = access.freeze();
         let freeze_time = freeze.duration;
@@ -319,6 +321,8 @@ impl Run<'_> {
                 Incremental::Full { granularity, reason } => {
                     let reason = if self.job.full {
                         "asked for with --full".into()
+                    } else if disk.read_only {
+                        "it is read-only, so it has no bitmap".into()
                     } else {
                         disk.bitmap_fault(&self.target).map_or(reason, str::to_owned)
                     };
@@ -405,7 +409,7 @@ impl Run<'_> {
         committed.map_err(|error| provider_failure(&error, Guest::Untouched))?;
         Ok(Summary {
             exit: Exit::Done,
-            warnings: Vec::new(),
+            warnings: self.warnings.clone(),
             freeze_ms: 0.0,
             fleecing_peak_bytes: Length::ZERO,
             disks: Vec::new(),
@@ -453,9 +457,21 @@ impl Run<'_> {
             pause_ms: access.map_or(0.0, |access| crate::text::milliseconds(access.instant().pause)),
             qemu_version: self.vm.machine.qemu.to_string(),
             stillpoint_version: env!("CARGO_PKG_VERSION").to_owned(),
-            skipped: Vec::new(),
+            skipped: self.skipped.clone(),
             disks: decided.iter().map(disk).collect(),
         }
+    }
+
+    /// A freeze that was wanted and did not come about.
+    fn freeze_warning(&self, record: &PointRecord) -> Option<String> {
+        let wanted = self.job.vm.agent.is_some() && self.vm.machine.running;
+        let frozen = record.consistency == Consistency::FileSystemConsistent;
+        (wanted && !frozen).then(|| {
+            format!(
+                "the guest's file systems were not frozen, so the point is crash-consistent: {}",
+                record.consistency_reason
+            )
+        })
     }
 
     fn access_failure(&self, error: &stillpoint_snapshot_access::Error) -> Failure {

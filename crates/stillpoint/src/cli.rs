@@ -83,6 +83,9 @@ pub struct Backup {
     /// Guest agent's socket, to freeze the guest's file systems for the instant.
     #[arg(long, value_name = "SOCKET", requires = "qmp")]
     pub agent: Option<PathBuf>,
+    /// Leave this disk out (may be given several times), besides those that the configuration excludes.
+    #[arg(long, value_name = "DISK")]
+    pub exclude: Vec<DiskName>,
     /// Read all disks in full, whatever the bitmaps say.
     #[arg(long)]
     pub full: bool,

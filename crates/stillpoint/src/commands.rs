@@ -107,7 +107,7 @@ type Vms = Vec<(Option<VmName>, Vm)>;
 fn prepare(path: &Path, arguments: &cli::Backup) -> Result<(Box<dyn Provider>, Vms), Failure> {
     let config = Config::read(path)?;
     let provider = config.provider(&arguments.place, path)?;
-    let vms: Vms = if let Some(socket) = &arguments.qmp {
+    let mut vms: Vms = if let Some(socket) = &arguments.qmp {
         let name = match arguments.vms.as_slice() {
             [] => None,
             [one] => Some(one.clone()),
@@ -129,6 +129,9 @@ fn prepare(path: &Path, arguments: &cli::Backup) -> Result<(Box<dyn Provider>, V
     };
     if vms.is_empty() {
         return Err(Failure::usage(format!("{} has no VM", path.display())));
+    }
+    for (_, vm) in &mut vms {
+        vm.exclude_now.clone_from(&arguments.exclude);
     }
     Ok((provider, vms))
 }

@@ -7,7 +7,7 @@ use crate::{
 };
 use serde::Deserialize;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -61,6 +61,9 @@ pub(crate) struct Vm {
     /// Disks that are left out.
     #[serde(default)]
     pub exclude: Vec<DiskName>,
+    /// Disks that the command line leaves out besides.
+    #[serde(skip)]
+    pub exclude_now: Vec<DiskName>,
     /// Where and how much old data is kept aside while a backup runs.
     #[serde(default)]
     pub fleecing: Fleecing,
@@ -78,8 +81,22 @@ impl Vm {
             firewall: None,
             tpm: None,
             exclude: Vec::new(),
+            exclude_now: Vec::new(),
             fleecing: Fleecing::default(),
         }
+    }
+
+    /// Why a disk is left out, if the user says so.
+    pub(crate) fn excluded(&self, disk: &DiskName) -> Option<&'static str> {
+        if self.exclude_now.contains(disk) {
+            return Some("excluded by --exclude");
+        }
+        self.exclude.contains(disk).then_some("excluded by the configuration")
+    }
+
+    /// The disks that the user leaves out, each once.
+    pub(crate) fn all_excluded(&self) -> BTreeSet<&DiskName> {
+        self.exclude.iter().chain(&self.exclude_now).collect()
     }
 
     /// Its images, for when it is off.
@@ -88,6 +105,7 @@ impl Vm {
             name: name.clone(),
             image: disk.image.clone(),
             format: disk.format.clone(),
+            key_file: disk.key_file.clone(),
         };
         self.disks.iter().map(disk).collect()
     }
@@ -95,12 +113,14 @@ impl Vm {
 
 /// The image of a disk.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(crate) struct DiskImage {
     /// File or block device.
     pub image: PathBuf,
     /// QEMU's name for its format. It is never guessed, since a guest decides what a raw disk looks like.
     pub format: String,
+    /// File with its key, if it is encrypted (LUKS).
+    pub key_file: Option<PathBuf>,
 }
 
 /// Fleecing.

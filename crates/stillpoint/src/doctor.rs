@@ -5,15 +5,19 @@ use crate::{
     config::{Config, Vm},
     failure::{Exit, Failure},
     runtime,
+    selection::{self, Selection},
     text::print,
-    vm,
+    vm::{self, Found},
 };
 use std::path::Path;
+use stillpoint_model::VmName;
 use stillpoint_snapshot_access::{LeftOvers, Machine};
 
 /// What was found out about one thing.
 struct Report {
     bad: usize,
+    /// VMs that a run works on, so that they could not be looked at.
+    busy: usize,
 }
 
 impl Report {
@@ -29,6 +33,15 @@ impl Report {
         }
     }
 
+    fn warn(&self, what: impl std::fmt::Display) {
+        print(format!("  note  {what}"));
+    }
+
+    fn busy(&mut self, what: impl std::fmt::Display) {
+        self.busy = self.busy.saturating_add(1);
+        print(format!("  busy  {what}"));
+    }
+
     fn failure(&mut self, failure: &Failure) {
         self.bad = self.bad.saturating_add(1);
         let text = failure.to_string();
@@ -42,15 +55,15 @@ impl Report {
 /// `doctor`.
 pub(crate) async fn run(path: &Path, arguments: &cli::Doctor) -> Result<Exit, Failure> {
     let config = Config::read(path)?;
-    let mut report = Report { bad: 0 };
-    let mut vms: Vec<(String, Vm)> = Vec::new();
+    let mut report = Report { bad: 0, busy: 0 };
+    let mut vms: Vec<(Option<&VmName>, Vm)> = Vec::new();
     if let Some(socket) = &arguments.qmp {
-        vms.push((socket.display().to_string(), Vm::at(socket.clone(), None)));
+        vms.push((None, Vm::at(socket.clone(), None)));
     } else if arguments.vms.is_empty() {
-        vms.extend(config.vm.iter().map(|(name, vm)| (name.to_string(), vm.clone())));
+        vms.extend(config.vm.iter().map(|(name, vm)| (Some(name), vm.clone())));
     } else {
         for name in &arguments.vms {
-            vms.push((name.to_string(), config.vm(name, path)?.clone()));
+            vms.push((Some(name), config.vm(name, path)?.clone()));
         }
     }
     if vms.is_empty() {
@@ -58,20 +71,32 @@ pub(crate) async fn run(path: &Path, arguments: &cli::Doctor) -> Result<Exit, Fa
             .next("stillpoint doctor --qmp SOCKET, or add [vm.NAME] there"));
     }
     for (name, vm) in &vms {
-        print(format!("VM {name}"));
-        look_at_vm(name, vm, &mut report).await;
+        match (name, &vm.qmp) {
+            (Some(name), _) => print(format!("VM {name}")),
+            (None, socket) => {
+                print(format!("VM at {}", socket.as_deref().unwrap_or(Path::new("?")).display()))
+            }
+        }
+        look_at_vm(*name, vm, &mut report).await;
     }
     if arguments.place.to.is_some() || arguments.place.target.is_some() || !config.target.is_empty() {
         look_at_target(&config, path, arguments, &mut report).await;
     }
-    if report.bad == 0 {
-        print("everything is in place");
-        return Ok(Exit::Done);
+    match (report.bad, report.busy) {
+        (0, 0) => {
+            print("everything is in place");
+            Ok(Exit::Done)
+        }
+        (0, busy) => Err(Failure::new(
+            Exit::Locked,
+            format!("a run works on {busy} of the VMs, which were not looked at; nothing else is wrong"),
+        )
+        .next("stillpoint doctor, when that run has ended")),
+        (bad, _) => Err(Failure::new(Exit::Failed, format!("{bad} findings"))),
     }
-    Err(Failure::new(Exit::Failed, format!("{} findings", report.bad)))
 }
 
-async fn look_at_vm(name: &str, vm: &Vm, report: &mut Report) {
+async fn look_at_vm(name: Option<&VmName>, vm: &Vm, report: &mut Report) {
     match &vm.qmp {
         Some(socket) if socket.exists() || vm.disks.is_empty() => {
             look_at_qemu(name, socket, vm, report).await
@@ -98,42 +123,50 @@ fn look_at_images(vm: &Vm, report: &mut Report) {
     }
 }
 
-async fn look_at_qemu(name: &str, socket: &Path, vm: &Vm, report: &mut Report) {
-    let qmp = match vm::connect(socket).await {
-        Ok(qmp) => qmp,
+async fn look_at_qemu(name: Option<&VmName>, socket: &Path, vm: &Vm, report: &mut Report) {
+    // With the lock, since a monitor serves one client, and a run that began meanwhile would be disturbed.
+    let locked = match vm::look(socket).await {
+        Ok(Found::Running(locked)) => locked,
+        Ok(Found::Absent(failure)) => return report.failure(&failure),
+        Err(failure) if failure.exit == Exit::Locked => {
+            return report.busy(format!("a run is under way: {}", failure.what()));
+        }
         Err(failure) => return report.failure(&failure),
     };
+    let qmp = &locked.qmp;
     report.good(format!("monitor at {} answers, QEMU {}", socket.display(), qmp.version()));
-    match LeftOvers::find(&qmp, &runtime::directory()).await {
+    match LeftOvers::find(qmp, &runtime::directory()).await {
         Ok(found) if found.is_empty() => report.good("no earlier run left anything in it"),
         Ok(found) => {
             let next = format!("stillpoint recover --qmp {}", socket.display());
             report.bad(format!("an earlier run left: {}", found.describe().join(", ")), Some(&next));
+            // What there is, is seen when that is undone, which the next run does first.
+            return;
         }
         Err(error) => report.bad(crate::failure::chain(&error), None),
     }
-    let machine = match Machine::inspect(&qmp).await {
+    let machine = match Machine::inspect(qmp).await {
         Ok(machine) => machine,
         Err(error) => return report.bad(crate::failure::chain(&error), None),
     };
-    for disk in &machine.disks {
-        let excluded = if vm.exclude.contains(&disk.name) { ", excluded" } else { "" };
-        report.good(format!(
-            "disk {} ({}, {}{excluded})",
-            disk.name,
-            crate::text::bytes(disk.size),
-            disk.format
-        ));
+    let selection = Selection::of(vm, &machine);
+    for disk in &selection.disks {
+        let read_only = if disk.read_only { ", read-only" } else { "" };
+        let size = crate::text::bytes(disk.size);
+        report.good(format!("disk {} ({size}, {}{read_only})", disk.name, disk.format));
     }
-    for (disk, why) in &machine.obstacles {
-        if !vm.exclude.contains(disk) {
-            let next = format!("exclude = [\"{disk}\"] under [vm.{name}], or change that");
-            report.bad(format!("disk {disk}: {why}"), Some(&next));
-        }
+    for skipped in &selection.skipped {
+        report.warn(format!("not backed up: {} ({})", skipped.name.escape_debug(), skipped.reason));
+    }
+    for warning in &selection.warnings {
+        report.warn(warning);
+    }
+    for (disk, why) in &selection.obstacles {
+        report.bad(format!("disk {disk}: {why}"), Some(&selection::leave_out(disk, name)));
     }
 }
 
-fn look_at_fleecing(name: &str, vm: &Vm, report: &mut Report) {
+fn look_at_fleecing(name: Option<&VmName>, vm: &Vm, report: &mut Report) {
     let fleecing = &vm.fleecing.directory;
     match rustix::fs::statvfs(fleecing) {
         Ok(system) => {
@@ -146,8 +179,9 @@ fn look_at_fleecing(name: &str, vm: &Vm, report: &mut Report) {
         }
         Err(error) => {
             let next = format!(
-                "mkdir -p {}, or name another under [vm.{name}]: fleecing = {{ directory = ... }}",
-                fleecing.display()
+                "mkdir -p {}, or name another under [vm.{}]: fleecing = {{ directory = ... }}",
+                fleecing.display(),
+                name.map_or("NAME", VmName::as_str)
             );
             report.bad(
                 format!("no directory {} for fleecing images: {error}", fleecing.display()),

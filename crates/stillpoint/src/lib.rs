@@ -23,6 +23,7 @@ mod reach;
 mod repository;
 mod restore;
 mod runtime;
+mod selection;
 mod summary;
 mod text;
 mod vm;

@@ -8,7 +8,7 @@ use crate::{
 };
 use std::{ffi::OsString, path::Path};
 use stillpoint_model::VmName;
-use stillpoint_provider::{PointRecord, Provider};
+use stillpoint_provider::{BitmapMode, DiskRecord, PointRecord, Provider, Skipped};
 use stillpoint_qmp::Qmp;
 use stillpoint_snapshot_access::{
     ErrorKind as AccessErrorKind, Machine, OfflineDisk, OfflineImages, RunLock,
@@ -47,13 +47,17 @@ impl ReachedVm {
             },
             None => Failure::usage("nothing tells where this VM is").next("give it `qmp` or `disks`"),
         };
+        let record = match name {
+            Some(name) => last_point(provider, name).await,
+            None => None,
+        };
         if !vm.disks.is_empty() {
-            return Self::off(name, vm, &vm.offline_disks(), false).await;
+            let skipped = record.map(|record| unnamed_disks(&record, vm)).unwrap_or_default();
+            return Self::off(name, vm, &vm.offline_disks(), skipped, false).await;
         }
-        let Some(name) = name else { return Err(absent) };
-        let Some(record) = last_point(provider, name).await else { return Err(absent) };
+        let Some(record) = record else { return Err(absent) };
         match recorded_disks(&record, vm) {
-            Ok(disks) => Self::off(Some(name), vm, &disks, true).await,
+            Ok((disks, skipped)) => Self::off(name, vm, &disks, skipped, true).await,
             Err(why) => Err(absent.next(why)),
         }
     }
@@ -85,10 +89,11 @@ impl ReachedVm {
         name: Option<&VmName>,
         vm: &Vm,
         disks: &[OfflineDisk],
+        skipped: Vec<Skipped>,
         recorded: bool,
     ) -> Result<Self, Failure> {
         let runtime = runtime::directory();
-        let excluded = |disk: &&OfflineDisk| !vm.exclude.contains(&disk.name);
+        let excluded = |disk: &&OfflineDisk| vm.excluded(&disk.name).is_none();
         let disks: Vec<_> = disks.iter().filter(excluded).cloned().collect();
         let mut locks = Vec::new();
         for disk in &disks {
@@ -98,12 +103,13 @@ impl ReachedVm {
         stillpoint_snapshot_access::sweep(&runtime);
         let launcher: [OsString; 2] = ["/proc/self/exe".into(), crate::WITH_PARENT.into()];
         let opened = OfflineImages::open(&runtime, &launcher, &disks).await;
-        let (images, machine) = opened.map_err(|error| {
+        let (images, mut machine) = opened.map_err(|error| {
             let what = "no QEMU answers for this VM, and its images cannot be read without one";
             Failure::because(Exit::Failed, what, &error)
                 .guest(Guest::Untouched)
                 .next("if the VM runs, check its `qmp` socket; if it is off, check the images under `disks`")
         })?;
+        machine.skipped.extend(skipped);
         let name = name.map_or("the VM", VmName::as_str);
         text::note(format!("{name} is off; its images are read by themselves"));
         let recover = "stillpoint backup, again".to_owned();
@@ -132,22 +138,60 @@ async fn last_point(provider: &dyn Provider, name: &VmName) -> Option<PointRecor
     readable.max_by_key(|point| point.sequence)?.record
 }
 
-fn recorded_disks(record: &PointRecord, vm: &Vm) -> Result<Vec<OfflineDisk>, String> {
-    let disks = record.disks.iter().filter(|disk| !vm.exclude.contains(&disk.name));
-    disks
-        .map(|disk| {
-            let why = |what: &str| {
-                format!(
-                    "if this VM is off: its last point does not tell {what} of disk {}; name it under `disks`",
-                    disk.name
-                )
-            };
-            let image = disk.image.clone().ok_or_else(|| why("the image"))?;
-            // What the target says is believed only where the image itself bears it out, by a bitmap of ours.
-            if disk.format != "qcow2" {
-                return Err(why(&format!("for certain the image (a {} one)", disk.format.escape_debug())));
-            }
-            Ok(OfflineDisk { name: disk.name.clone(), image, format: disk.format.clone() })
-        })
-        .collect()
+/// The disks of a VM that is off as its last point tells of them, and those that it is not enough to tell of.
+fn recorded_disks(record: &PointRecord, vm: &Vm) -> Result<(Vec<OfflineDisk>, Vec<Skipped>), String> {
+    let (mut disks, mut skipped) = (Vec::new(), Vec::new());
+    let mut skip = |name: &str, reason: &str| {
+        skipped.push(Skipped { name: name.to_owned(), reason: reason.to_owned() });
+    };
+    for disk in &record.disks {
+        let why = |what: &str| {
+            format!(
+                "if this VM is off: its last point does not tell {what} of disk {}; name it under `disks`",
+                disk.name
+            )
+        };
+        if let Some(reason) = vm.excluded(&disk.name) {
+            skip(disk.name.as_str(), reason);
+            continue;
+        }
+        if disk.bitmap_mode == BitmapMode::None {
+            skip(
+                disk.name.as_str(),
+                "it was read-only at the last point, which alone tells of its image; name it under `disks`",
+            );
+            continue;
+        }
+        let image = disk.image.clone().ok_or_else(|| why("the image"))?;
+        // What the target says is believed only where the image itself bears it out, by a bitmap of ours.
+        if disk.format != "qcow2" {
+            return Err(why(&format!("for certain the image (a {} one)", disk.format.escape_debug())));
+        }
+        disks.push(OfflineDisk {
+            name: disk.name.clone(),
+            image,
+            format: disk.format.clone(),
+            key_file: None,
+        });
+    }
+    for device in &record.skipped {
+        skip(&device.name, "it is not in the last point, which alone tells of this VM's disks");
+    }
+    if disks.is_empty() {
+        return Err("if this VM is off: name its images under `disks`".into());
+    }
+    Ok((disks, skipped))
+}
+
+/// Disks that the last point has and the configuration does not name for a VM that is off.
+fn unnamed_disks(record: &PointRecord, vm: &Vm) -> Vec<Skipped> {
+    let unnamed = |disk: &&DiskRecord| !vm.disks.contains_key(&disk.name);
+    let skipped = |disk: &DiskRecord| Skipped {
+        name: disk.name.to_string(),
+        reason: match vm.excluded(&disk.name) {
+            Some(reason) => reason.to_owned(),
+            None => "it is in the last point, but not named under `disks` for when the VM is off".into(),
+        },
+    };
+    record.disks.iter().filter(unnamed).map(skipped).collect()
 }

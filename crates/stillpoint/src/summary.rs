@@ -67,11 +67,13 @@ impl Summary {
             "point": self.record.id,
             "result": if self.exit == Exit::Done { "done" } else { "left-behind" },
             "consistency": self.record.consistency,
+            "consistency_reason": self.record.consistency_reason,
             "pause_ms": self.record.pause_ms,
             "freeze_ms": self.freeze_ms,
             "fleecing_peak_bytes": self.fleecing_peak_bytes,
             "duration_ms": self.duration_ms,
             "disks": self.disks.iter().map(disk).collect::<Vec<_>>(),
+            "skipped": self.record.skipped,
             "warnings": self.warnings,
         })
     }
@@ -114,8 +116,11 @@ impl fmt::Display for Summary {
             Consistency::CrashConsistent => "crash-consistent",
             Consistency::FileSystemConsistent => "file-system-consistent",
         };
+        for skipped in &record.skipped {
+            writeln!(f, "  not in the point: {} ({})", skipped.name.escape_debug(), skipped.reason)?;
+        }
         if self.disks.is_empty() {
-            writeln!(f, "  the VM has no disk; the point holds its configuration")?;
+            writeln!(f, "  the point holds the configuration of the VM, and no disk")?;
         } else if self.off {
             writeln!(f, "  the VM is off; its images were read by themselves")?;
         } else {

@@ -26,8 +26,22 @@ pub(crate) enum Found {
 /// Takes the locks of a VM, connects to its monitor, and clears away what runs that are over left on this host.
 ///
 /// # Errors
-/// Exit status 4 if another run holds a lock; as [`connect`], but for a socket with nobody behind it.
+/// Exit status 4 if another run holds a lock; with what to do about it if there is no monitor (another client, not QEMU).
 pub(crate) async fn lock(socket: &Path) -> Result<Found, Failure> {
+    let found = look(socket).await?;
+    if let Found::Running(_) = found {
+        let runtime = runtime::directory();
+        stillpoint_snapshot_access::sweep(&runtime);
+        stillpoint_provider_program::sweep(&runtime);
+    }
+    Ok(found)
+}
+
+/// The same for one who only looks: nothing is cleared away.
+///
+/// # Errors
+/// As [`lock`].
+pub(crate) async fn look(socket: &Path) -> Result<Found, Failure> {
     let runtime = runtime::directory();
     let by_socket = if socket.exists() {
         Some(RunLock::of_socket(&runtime, socket).map_err(|error| lock_failure(&error))?)
@@ -44,8 +58,6 @@ pub(crate) async fn lock(socket: &Path) -> Result<Found, Failure> {
         }
     };
     let by_qemu = RunLock::of_qemu(&runtime, &qmp).map_err(|error| lock_failure(&error))?;
-    stillpoint_snapshot_access::sweep(&runtime);
-    stillpoint_provider_program::sweep(&runtime);
     Ok(Found::Running(LockedVm { qmp, _by_socket: by_socket, _by_qemu: by_qemu }))
 }
 
@@ -57,14 +69,6 @@ pub(crate) fn lock_failure(error: &stillpoint_snapshot_access::Error) -> Failure
             .next("wait for that run to end, then try again");
     }
     Failure::because(Exit::Failed, "cannot lock the VM", error).guest(Guest::Untouched)
-}
-
-/// Connects to the monitor.
-///
-/// # Errors
-/// With what to do about it: no socket, nobody behind it, another client, not QEMU.
-pub(crate) async fn connect(socket: &Path) -> Result<Qmp, Failure> {
-    Qmp::connect(socket, Deadlines::default()).await.map_err(|error| monitor_failure(socket, &error))
 }
 
 fn monitor_failure(socket: &Path, error: &stillpoint_qmp::Error) -> Failure {
