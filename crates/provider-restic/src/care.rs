@@ -39,7 +39,7 @@ pub struct Retention {
 
 impl Retention {
     fn options(&self) -> Result<KeepOptions> {
-        let wrong = |what: String| Error::new(ErrorKind::NotFound, what);
+        let wrong = |what: String| Error::new(ErrorKind::InvalidInput, what);
         let number = |count: Option<u32>| count.map(|count| i32::try_from(count).unwrap_or(i32::MAX));
         let mut options = KeepOptions::default();
         options.keep_last = number(self.last);
@@ -284,7 +284,7 @@ fn keys(repository: &Repository) -> Result<Vec<Key>> {
         username: Option<String>,
         created: Option<String>,
     }
-    let current = repository.rustic.key_id().as_ref().map(|id| id.to_hex().to_string());
+    let current = Some(repository.key_name.clone());
     let mut all = Vec::new();
     for (id, _) in
         repository.store.list(Folder::Keys).map_err(|error| stored("cannot list the keys", error))?
