@@ -10,12 +10,16 @@ use crate::{
 use rustic_core::repofile::{KeyFile, MasterKey};
 use stillpoint_provider::{Error, ErrorKind, Result};
 
-/// What deriving a key from a password costs: 2^15 blocks of 1 KiB, as restic has it, ...
-const LOG_N: u8 = 15;
-const R: u32 = 8;
-/// ... four times, which as many cores can do at once. It has to be paid with each command, by whoever guesses too; three
-/// times are the least that OWASP's password storage guide recommends with 32 MiB.
-const P: u32 = 4;
+/// What deriving a key from a password costs: 2^`log_n` blocks of `r` times 128 bytes, `p` times.
+pub(crate) struct Cost {
+    pub log_n: u8,
+    pub r: u32,
+    pub p: u32,
+}
+
+/// 2^15 blocks of 1 KiB, as restic has it, four times, which as many cores can do at once. It has to be paid with each
+/// command, by whoever guesses too; three times are the least that OWASP's password storage guide recommends with 32 MiB.
+const COST: Cost = Cost { log_n: 15, r: 8, p: 4 };
 /// Bytes of salt.
 const SALT: usize = 64;
 /// Bytes that one derivation may take on one core, on all of them, and besides, and all it may go through. restic's own files
@@ -101,14 +105,14 @@ pub(crate) fn find(store: &dyn Store, password: &Password) -> Result<Opened> {
 /// What opening a key file goes through, in bytes.
 fn cost(content: &[u8]) -> std::result::Result<u64, String> {
     #[derive(serde::Deserialize)]
-    struct Cost {
+    struct Asked {
         kdf: String,
         #[serde(rename = "N")]
         n: u64,
         r: u64,
         p: u64,
     }
-    let Cost { kdf, n, r, p } =
+    let Asked { kdf, n, r, p } =
         serde_json::from_slice(content).map_err(|_| "it is damaged, or no key".to_owned())?;
     if kdf != "scrypt" {
         return Err(format!(
@@ -142,10 +146,14 @@ fn open(content: &[u8], password: &Password) -> std::result::Result<Option<Maste
 /// Adds a file to `store` that opens with `password` what `key` encrypts, and returns its name. It is durable then: nobody may rely
 /// on a key that a power cut takes away, least of all a new repository, which has no other.
 pub(crate) fn add(store: &dyn Store, key: &MasterKey, password: &Password) -> Result<String> {
+    write(store, key, password, &COST)
+}
+
+pub(crate) fn write(store: &dyn Store, key: &MasterKey, password: &Password, cost: &Cost) -> Result<String> {
     let failed = |what: &str| Error::new(ErrorKind::Io, what.to_owned());
     let mut salt = vec![0; SALT];
     crypto::random(&mut salt)?;
-    let parameters = scrypt::Params::new(LOG_N, R, P)
+    let parameters = scrypt::Params::new(cost.log_n, cost.r, cost.p)
         .map_err(|error| failed("cannot derive a key from the password").because(error))?;
     let sealing = derive(password, &salt, &parameters)?;
     let json = serde_json::to_vec(key).map_err(|error| failed("cannot write a key down").because(error))?;
@@ -155,9 +163,9 @@ pub(crate) fn add(store: &dyn Store, key: &MasterKey, password: &Password) -> Re
         username: Some("stillpoint".to_owned()),
         created: Some(rustic_core::jiff::Zoned::now()),
         kdf: "scrypt".to_owned(),
-        n: 1 << LOG_N,
-        r: R,
-        p: P,
+        n: 1 << cost.log_n,
+        r: cost.r,
+        p: cost.p,
         data: sealing.encrypt(&json)?,
         salt,
     };
@@ -191,7 +199,7 @@ mod test {
         };
         // Ours, restic's, rustic's, and what restic makes on a machine that is ten times as fast.
         assert!(
-            done(1 << LOG_N, R.into(), P.into())
+            done(1 << COST.log_n, COST.r.into(), COST.p.into())
                 && done(1 << 15, 8, 9)
                 && done(1 << 17, 8, 1)
                 && done(1 << 15, 8, 90)

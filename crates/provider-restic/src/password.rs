@@ -182,6 +182,10 @@ fn from_command(command: &[String], patience: Duration) -> Result<Password> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests: a panic is a failed test")]
+mod like_restic;
+
+#[cfg(test)]
 mod test {
     use super::*;
     use std::{os::unix::fs::PermissionsExt as _, time::Instant};
@@ -232,7 +236,7 @@ mod test {
         assert!(started.elapsed() < Duration::from_secs(20));
     }
 
-    /// What restic 0.14 makes of them: `password_like_restic.rs` asks it.
+    /// What restic 0.14 makes of them: `like_restic.rs` asks it.
     #[test]
     fn white_space_is_trimmed_and_marks_are_read_as_restic_does() {
         let read = |bytes: &[u8]| trimmed(&decoded(bytes)).to_vec();
