@@ -61,9 +61,12 @@ struct Place {
 }
 
 impl Place {
+    fn empty() -> Self {
+        Self { directory: tempfile::tempdir().unwrap(), key: MasterKey::new() }
+    }
+
     fn new() -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let place = Self { directory, key: MasterKey::new() };
+        let place = Self::empty();
         let store = place.store();
         store.create().unwrap();
         let key = crate::crypto::Key::new(&place.key.encrypt, &place.key.mac.k, &place.key.mac.r).unwrap();
@@ -127,8 +130,6 @@ fn a_file_that_opens_a_repository_here_opens_it_with_restic() {
 
 #[test]
 fn a_file_that_opens_a_repository_with_restic_opens_it_here() {
-    let place = Place::new();
-    let known = Password::new(b"known", "a test").unwrap();
     // Each costs restic half a second: those that differ in what it does to them.
     let some = [
         "CR LF",
@@ -146,17 +147,17 @@ fn a_file_that_opens_a_repository_with_restic_opens_it_here() {
         "spaces of Unicode",
     ];
     for (what, content) in contents().into_iter().filter(|(what, _)| some.contains(what)) {
-        place.lock(&known);
-        let ours = place.store().list(Folder::Keys).unwrap();
+        let place = Place::empty();
         let file = place.file(&content);
-        let line = ["key", "add", "--new-password-file"].map(OsStr::new);
-        let added = place
-            .restic(&[&line[..], &[file.as_os_str()]].concat(), &[("RESTIC_PASSWORD", "known".as_ref())]);
-        assert!(added.status.success(), "{what}: {added:?}");
-        place.store().remove(Folder::Keys, &ours[0].0).unwrap();
-        let opened = key_file::find(&*place.store(), &PasswordSource::File(file).read().unwrap()).unwrap();
-        assert_eq!(opened.key.encrypt, place.key.encrypt, "{what}");
-        assert_eq!(key_file::find(&*place.store(), &known).err().unwrap().kind(), ErrorKind::Unauthorized);
+        // Not `key add --new-password-file`: restic 0.14 heeds no byte-order mark there, and does not open with the same
+        // file what it has made then.
+        let line = ["init", "--password-file"].map(OsStr::new);
+        let made = place.restic(&[&line[..], &[file.as_os_str()]].concat(), &[]);
+        assert!(made.status.success(), "{what}: {made:?}");
+        let password = PasswordSource::File(file).read().unwrap();
+        assert!(key_file::find(&*place.store(), &password).is_ok(), "{what}");
+        let another = Password::new(b"another", "a test").unwrap();
+        assert_eq!(key_file::find(&*place.store(), &another).err().unwrap().kind(), ErrorKind::Unauthorized);
     }
 }
 
