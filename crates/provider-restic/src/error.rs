@@ -29,10 +29,12 @@ impl Fault {
         self
     }
 
-    /// The same, told of the file at `path`.
+    /// The same, told of the file at `path` where it may be about that file alone.
     #[must_use]
     pub(crate) fn at(mut self, path: &str) -> Self {
-        self.text = format!("{path}: {}", self.text);
+        if matches!(self.kind, ErrorKind::Io | ErrorKind::TargetFull | ErrorKind::TargetReadOnly) {
+            self.text = format!("{path}: {}", self.text);
+        }
         self
     }
 
@@ -149,4 +151,44 @@ pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
     stillpoint_provider::blocking(work, "a library failed on what the repository holds").await
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use rustic_core::RusticError;
+
+    #[test]
+    fn the_kind_of_a_stores_failure_survives_rustic() {
+        let fault = || Fault::new(ErrorKind::Unreachable, "host refuses the connection").next("start it");
+        let direct = fault().while_doing("cannot list");
+        assert_eq!((direct.kind(), direct.what_next()), (ErrorKind::Unreachable, Some("start it")));
+        let wrapped = RusticError::with_source(
+            rustic_core::ErrorKind::Backend,
+            "access failed",
+            io::Error::from(fault()),
+        );
+        let error = rustic("cannot prune", &wrapped);
+        assert_eq!((error.kind(), error.what_next()), (ErrorKind::Unreachable, Some("start it")));
+        assert!(in_one_line(&error).contains("refuses the connection"), "{}", in_one_line(&error));
+        let own = RusticError::new(rustic_core::ErrorKind::Internal, "a fault of rustic's");
+        assert_eq!(rustic_or(ErrorKind::Damaged, "cannot open", &own).kind(), ErrorKind::Damaged);
+    }
+
+    #[test]
+    fn what_the_kernel_says_has_its_kind() {
+        for (errno, kind) in [
+            (rustix::io::Errno::NOSPC, ErrorKind::TargetFull),
+            (rustix::io::Errno::DQUOT, ErrorKind::TargetFull),
+            (rustix::io::Errno::ROFS, ErrorKind::TargetReadOnly),
+            (rustix::io::Errno::ACCESS, ErrorKind::TargetReadOnly),
+            (rustix::io::Errno::STALE, ErrorKind::Unreachable),
+            (rustix::io::Errno::NOTCONN, ErrorKind::Unreachable),
+            (rustix::io::Errno::TIMEDOUT, ErrorKind::Unreachable),
+            (rustix::io::Errno::NOENT, ErrorKind::Damaged),
+            (rustix::io::Errno::IO, ErrorKind::Io),
+        ] {
+            assert_eq!(stored("write", errno.into()).kind(), kind, "{errno:?}");
+        }
+    }
 }

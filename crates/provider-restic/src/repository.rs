@@ -172,3 +172,32 @@ impl Repository {
         Err(damaged(format!("{} is not what was written", what())))
     }
 }
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn a_repository_of_a_newer_version_is_not_called_damaged() {
+        let directory = tempfile::tempdir().unwrap();
+        let location = directory.path().join("repository");
+        let location = location.to_str().unwrap();
+        let file = directory.path().join("password");
+        std::fs::write(&file, "canary").unwrap();
+        std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+        let password = crate::PasswordSource::File(file).read().unwrap();
+        let made = Repository::create(location, &password).unwrap();
+        let write = |text: &str| {
+            made.store.remove(Folder::Config, "config").unwrap();
+            let sealed = made.key.encrypt(text.as_bytes()).unwrap();
+            made.store.write(Folder::Config, "config", &[sealed.into()]).unwrap();
+            Repository::open(location, &password).err().unwrap().kind()
+        };
+        let config = |version: u32| format!(r#"{{"version":{version},"id":"{}"}}"#, made.id);
+        assert_eq!(write(&config(3)), ErrorKind::Unsupported);
+        assert_eq!(write(&config(0)), ErrorKind::Damaged);
+        assert_eq!(write("{}"), ErrorKind::Damaged);
+        made.store.remove(Folder::Config, "config").unwrap();
+        assert_eq!(Repository::open(location, &password).err().unwrap().kind(), ErrorKind::Damaged);
+    }
+}

@@ -36,6 +36,10 @@ const TIMEOUT: Duration = Duration::from_secs(90);
 /// wrong does not get right by waiting. Later on a store is patient, so that a run outlives a server that is started anew.
 const FIRST_ANSWER: Duration = Duration::from_secs(12);
 
+/// Tries after the first until the store has answered once, with pauses of up to [`LONGEST_FIRST_PAUSE`].
+const FIRST_TRIES: usize = 2;
+const LONGEST_FIRST_PAUSE: Duration = Duration::from_secs(2);
+
 /// The time until a store's host has answered once.
 struct Opening {
     until: Instant,

@@ -36,7 +36,7 @@ pub(crate) fn provider_failure(error: &Error, guest: Guest) -> Failure {
 fn next(kind: ErrorKind) -> Option<&'static str> {
     Some(match kind {
         ErrorKind::TargetMissing => {
-            "mount the target or correct its path, then try again; a new repository is made by: stillpoint target init {name}"
+            "check the path, and that it is mounted if it should be; only to make a new repository there, type: stillpoint target init {name}"
         }
         ErrorKind::TargetForeign => "name the right target; nothing in this place was changed",
         ErrorKind::TargetReadOnly => "mount the target for writing, or run as a user that may write there",

@@ -1,6 +1,9 @@
 //! A repository in an object store or on another host, by `opendal`.
 
-use super::{Folder, LONGEST_PAUSE, Opening, Store, TIMEOUT, TRIES, is_file_name, network, s3, sftp};
+use super::{
+    FIRST_TRIES, Folder, LONGEST_FIRST_PAUSE, LONGEST_PAUSE, Opening, Store, TIMEOUT, TRIES, is_file_name,
+    network, s3, sftp,
+};
 use bytes::{Buf as _, Bytes, BytesMut};
 use opendal::{
     ErrorKind as ObjectError, Operator,
@@ -17,10 +20,6 @@ use tokio::runtime::Handle;
 
 /// Between two pieces of an answer.
 const QUIET: Duration = Duration::from_secs(90);
-/// Tries after the first until the store has answered once, with pauses of up to [`LONGEST_FIRST_PAUSE`].
-const FIRST_TRIES: usize = 2;
-const LONGEST_FIRST_PAUSE: Duration = Duration::from_secs(2);
-
 /// Files of an object store. A file appears there whole or not at all, and is durable once it was accepted.
 pub(super) struct ObjectStore {
     patient: Operator,

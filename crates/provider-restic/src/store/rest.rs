@@ -2,7 +2,7 @@
 //! is started for it.
 
 use super::{
-    Folder, LONGEST_PAUSE, Opening, Store, TIMEOUT, TRIES, is_file_name,
+    FIRST_TRIES, Folder, LONGEST_PAUSE, Opening, Store, TIMEOUT, TRIES, is_file_name,
     network::{self, chain},
     not_found,
     rclone::Rclone,
@@ -148,7 +148,8 @@ impl RestStore {
         last: &mut Option<Fault>,
     ) -> std::result::Result<Answer, Fault> {
         let mut pause = FIRST_PAUSE;
-        for left in (0..=TRIES).rev() {
+        let tries = if self.opening.left().is_some() { FIRST_TRIES } else { TRIES };
+        for left in (0..=tries).rev() {
             // Its port may be somebody else's by now.
             if let Some(last) = self.server.as_ref().and_then(|server| server.ended.get()) {
                 return Err(Fault::new(ErrorKind::Io, format!("rclone ended: {last}")));
