@@ -4,6 +4,7 @@ use super::{
     FIRST_TRIES, Folder, LONGEST_FIRST_PAUSE, LONGEST_PAUSE, Opening, Store, TIMEOUT, TRIES, is_file_name,
     network, s3, sftp,
 };
+use crate::error::stored;
 use bytes::{Buf as _, Bytes, BytesMut};
 use opendal::{
     ErrorKind as ObjectError, Operator,
@@ -139,12 +140,28 @@ impl Store for ObjectStore {
         let none = |what: &str| {
             Error::new(ErrorKind::TargetMissing, format!("there is no repository at {place}{what}"))
         };
-        let Kind::Sftp { .. } = self.place.kind else { return none("") };
-        match self
-            .ask(&self.place.prefix, Act::Read, async |operator| operator.stat(&self.place.prefix).await)
-        {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => none(": there is no such directory"),
-            _ => none(""),
+        let place = &self.place.prefix;
+        match self.place.kind {
+            Kind::Sftp { .. } => {
+                match self.ask(place, Act::Read, async |operator| operator.stat(place).await) {
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                        none(": there is no such directory")
+                    }
+                    _ => none(""),
+                }
+            }
+            // Some stores answer a read in a bucket that is not there as if it were.
+            Kind::S3 { .. } => {
+                let one = || ListOptions { limit: Some(1), ..ListOptions::default() };
+                match self
+                    .ask("keys/", Act::Read, async |operator| operator.list_options("keys/", one()).await)
+                {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                        stored(format!("cannot open repository {}", self.place.location), error)
+                    }
+                    _ => none(""),
+                }
+            }
         }
     }
 

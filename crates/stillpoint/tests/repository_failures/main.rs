@@ -27,10 +27,13 @@ struct Target {
 }
 
 impl Target {
+    /// `%` in the location stands for the directory.
     fn new(repository: &str) -> Self {
         let work = tempfile::Builder::new().prefix("stillpoint-no-repository-").tempdir().unwrap();
-        let place = Place::with_repository(work.path(), &work.path().join("no.qmp"), repository, PASSWORD);
-        Self { work, place }
+        let place = Place::with_repository(work.path(), &work.path().join("no.qmp"), "none", PASSWORD);
+        let target = Self { work, place };
+        target.set("repository", &format!("repository = \"{repository}\""));
+        target
     }
 
     fn path(&self) -> &Path {
@@ -53,7 +56,7 @@ impl Target {
         let lines = config.lines().map(|old| if old.starts_with(key) { line } else { old });
         fs::write(
             &self.place.config,
-            lines.collect::<Vec<_>>().join("\n").replace('@', self.path().to_str().unwrap()),
+            lines.collect::<Vec<_>>().join("\n").replace('%', self.path().to_str().unwrap()),
         )
         .unwrap();
     }

@@ -106,7 +106,11 @@ fn a_host_that_does_not_answer_is_told_in_time() {
         target.says(1, "127.0.0.1", "that it runs");
     });
     let rclone = thread::spawn(move || {
-        let remote = format!(":sftp,host=127.0.0.1,port={},user=me:/path", silent.port());
+        let key = tempfile::tempdir().unwrap();
+        let key = key.path().join("key");
+        ssh::make_key(&key);
+        let remote =
+            format!(":sftp,host=127.0.0.1,port={},user=me,key_file={}:/path", silent.port(), key.display());
         let target = Target::new(&format!("rclone:{remote}")).quiet();
         target.says(1, "rclone", "type: rclone lsd");
     });
@@ -236,11 +240,12 @@ fn rclone_that_cannot_is_told_with_what_to_check() {
     fs::write(&config, "[remote]\ntype = no-such-type\n").unwrap();
     target.set("repository", "repository = \"rclone:remote:/path\"");
     target.says(2, "rclone ended", "rclone listremotes");
-    fs::write(
-        &config,
-        format!("[remote]\ntype = sftp\nhost = 127.0.0.1\nport = {}\nuser = me\n", nobody().port()),
-    )
-    .unwrap();
+    let key = target.path().join("key");
+    ssh::make_key(&key);
+    let (port, key) = (nobody().port(), key.display());
+    let sftp =
+        format!("[remote]\ntype = sftp\nhost = 127.0.0.1\nport = {port}\nuser = me\nkey_file = {key}\n");
+    fs::write(&config, sftp).unwrap();
     target.says(1, "connection refused", "type: rclone lsd 'remote:/path'");
     target.set("repository", "repository = \"rclone::sftp,host=x,pass=canary-x:/path\"");
     target.says(2, "has credentials in it", "rclone config");

@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt as _;
 
 #[test]
 fn each_fault_of_a_password_or_a_place_has_its_own_words() {
-    let target = Target::new("@/repository").quiet();
+    let target = Target::new("%/repository").quiet();
     let made = target.place.run(&["target", "init", "main"]);
     assert_eq!(made.status, 0, "{made:?}");
     let again = ["target", "init", "main"];
@@ -19,13 +19,13 @@ fn each_fault_of_a_password_or_a_place_has_its_own_words() {
     file("empty", "\n", 0o600);
     file("open", PASSWORD, 0o644);
     let with_password = |line: &str| target.set("password-", line);
-    with_password("password-file = \"@/other\"");
+    with_password("password-file = \"%/other\"");
     target.says(1, "no key of repository", "check that the password is that of this repository");
-    with_password("password-file = \"@/empty\"");
+    with_password("password-file = \"%/empty\"");
     target.says(2, "is empty", "put the password");
-    with_password("password-file = \"@/nowhere\"");
+    with_password("password-file = \"%/nowhere\"");
     target.says(2, "cannot read password file", "correct the path of the password file");
-    with_password("password-file = \"@/open\"");
+    with_password("password-file = \"%/open\"");
     target.says(2, "is open to other users (mode 644)", "chmod 600 ");
     with_password("password-environment = \"STILLPOINT_NONE\"");
     target.says(2, "has no variable STILLPOINT_NONE", "set STILLPOINT_NONE where stillpoint runs");
@@ -33,7 +33,7 @@ fn each_fault_of_a_password_or_a_place_has_its_own_words() {
     target.says(1, "exit status: 7", "run it by hand");
     with_password("password-command = [\"/nowhere\"]");
     target.says(2, "cannot be started", "correct `password-command`");
-    with_password("password-file = \"@/password\"");
+    with_password("password-file = \"%/password\"");
     assert_eq!(target.place.run(&["points"]).status, 0);
 
     let at = |place: &str| target.set("repository", &format!("repository = \"{place}\""));
@@ -42,15 +42,15 @@ fn each_fault_of_a_password_or_a_place_has_its_own_words() {
     fs::write(target.path().join("other-things/mine"), "mine").unwrap();
     at("b2:bucket:path");
     target.says(2, "begins with \"b2\", which is no kind of place", "s3:https://HOST/BUCKET");
-    at("@/nowhere");
+    at("%/nowhere");
     target.says(1, "there is no such directory", "stillpoint target init main");
-    at("@/nothing");
+    at("%/nothing");
     target.says(1, "the directory is empty", "stillpoint target init main");
-    at("@/other-things");
+    at("%/other-things");
     target.says(1, "holds something else", "name the repository's directory");
-    at("@/password");
+    at("%/password");
     target.says(1, "is a file, and no repository", "name the repository's directory");
-    at("@/nowhere/below");
+    at("%/nowhere/below");
     target.says_to(
         &["target", "init", "main"],
         1,
@@ -58,7 +58,7 @@ fn each_fault_of_a_password_or_a_place_has_its_own_words() {
         "check the path, and that it is mounted",
     );
     fs::remove_file(target.path().join("repository/config")).unwrap();
-    at("@/repository");
+    at("%/repository");
     target.says(1, "its file `config` is missing", "put `config` back");
 
     // The same of a backup and of `doctor`, which are about a VM besides.

@@ -26,7 +26,7 @@ fn run(command: &mut Command) {
     assert!(output.status.success(), "{output:?}");
 }
 
-fn make_key(path: &Path) {
+pub fn make_key(path: &Path) {
     run(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", ""]).arg("-f").arg(path));
 }
 
