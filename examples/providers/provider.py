@@ -12,8 +12,8 @@ import threading
 
 
 class ProviderError(Exception):
-    """An error with a kind: target-missing, target-read-only, target-full, locked, not-found, damaged, source,
-    cancelled, commit-unknown or io."""
+    """An error with a kind: target-missing, target-foreign, target-read-only, target-full, unauthorized, unreachable,
+    invalid-input, unsupported, locked, not-found, damaged, source, cancelled, commit-unknown or io."""
 
     def __init__(self, kind, message):
         super().__init__(message)
@@ -92,7 +92,7 @@ def serve(provider):
         try:
             method = getattr(provider, request["method"], None)
             if method is None or request["method"].startswith("_"):
-                raise ProviderError("not-found", "there is no such method")
+                raise ProviderError("unsupported", "there is no such method")
             result = method(**request.get("params", {}))
             stillpoint._send({"id": request["id"], "result": result or {}})
         except Exception as error:  # pylint: disable=broad-except

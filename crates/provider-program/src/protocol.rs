@@ -438,6 +438,9 @@ pub struct ProgressNote {
 pub struct ErrorData {
     /// What to act on.
     pub kind: ErrorKind,
+    /// What a person should check or type next, on one line, where the kind alone does not say it well enough.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
 }
 
 #[cfg(test)]

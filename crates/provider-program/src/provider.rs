@@ -181,7 +181,7 @@ impl Handler for Volumes {
                 let volume = self.get(&asked.volume)?;
                 let range = Range::new(asked.offset, asked.length).ok();
                 let range = range.filter(|range| range.end().get() <= volume.size().get());
-                let outside = || Error::new(ErrorKind::NotFound, "beyond the end of the disk");
+                let outside = || Error::new(ErrorKind::InvalidInput, "beyond the end of the disk");
                 let range = range.ok_or_else(outside)?;
                 if range.length().get() > 0 {
                     volume.release(range).await?;
@@ -196,13 +196,16 @@ impl Session {
     async fn start(settings: &Settings) -> Result<Arc<Self>> {
         let program = settings.program.display().to_string();
         let failed = |error: std::io::Error| {
-            let kind = match error.kind() {
-                std::io::ErrorKind::NotFound | std::io::ErrorKind::PermissionDenied => {
-                    ErrorKind::TargetMissing
+            let failed = |kind| Error::new(kind, format!("cannot start provider {program}"));
+            match error.kind() {
+                std::io::ErrorKind::NotFound => failed(ErrorKind::InvalidInput)
+                    .next("install the provider, or correct `program` in the configuration file"),
+                std::io::ErrorKind::PermissionDenied => {
+                    failed(ErrorKind::InvalidInput).next(format!("chmod +x {program}"))
                 }
-                _ => ErrorKind::Io,
-            };
-            Error::new(kind, format!("start provider {program}")).because(error)
+                _ => failed(ErrorKind::Io),
+            }
+            .because(error)
         };
         crate::process::sweep(&settings.runtime_directory);
         let run = Program {
@@ -246,7 +249,8 @@ impl Session {
         let answer = self.peer.call(&hello, self.settings.deadlines.answer).await?;
         if answer.protocol != PROTOCOL {
             let what = format!("{} speaks protocol {}, not {PROTOCOL}", self.name, answer.protocol);
-            return Err(Error::new(ErrorKind::Io, what));
+            return Err(Error::new(ErrorKind::Unsupported, what)
+                .next("install a version of the provider that goes with this version of Stillpoint"));
         }
         self.name = answer.name.chars().filter(|c| !c.is_control()).take(200).collect();
         self.mechanism = self.settings.mechanism.unwrap_or(answer.mechanism);
@@ -264,7 +268,7 @@ impl Session {
         if self.can(capability) {
             return Ok(());
         }
-        Err(Error::new(ErrorKind::NotFound, format!("{} cannot {what}", self.name)))
+        Err(Error::new(ErrorKind::Unsupported, format!("{} cannot {what}", self.name)))
     }
 
     fn has_ended(&self) -> bool {

@@ -123,10 +123,14 @@ impl Peer {
     /// The program's own error.
     fn told(&self, method: &str, error: &Value) -> Error {
         let message = error.get("message").and_then(Value::as_str).unwrap_or("no message");
-        let message: String = message.chars().filter(|c| !c.is_control()).take(1000).collect();
+        let message = line(message, 1000);
         let data = error.get("data").cloned().and_then(|data| serde_json::from_value::<ErrorData>(data).ok());
-        let kind = data.map_or(ErrorKind::Io, |data| data.kind);
-        Error::new(kind, format!("{}: {method}", self.name)).because(Told(message))
+        let (kind, next) = data.map_or((ErrorKind::Io, None), |data| (data.kind, data.next));
+        let told = Error::new(kind, format!("{}: {method}", self.name)).because(Told(message));
+        match next.map(|next| line(&next, 300)).filter(|next| !next.is_empty()) {
+            Some(next) => told.next(next),
+            None => told,
+        }
     }
 
     fn error(&self, what: impl std::fmt::Display) -> Error {
@@ -210,7 +214,7 @@ impl Peer {
                     let answer = match handler.answer(&method, params).await {
                         Ok(result) => json!({"jsonrpc": "2.0", "id": id, "result": result}),
                         Err(error) => {
-                            let data = ErrorData { kind: error.kind() };
+                            let data = ErrorData { kind: error.kind(), next: None };
                             let error = json!({"code": -32000, "message": chain(&error), "data": data});
                             json!({"jsonrpc": "2.0", "id": id, "error": error})
                         }
@@ -274,6 +278,11 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// What a program says, for a terminal.
+fn line(text: &str, most: usize) -> String {
+    text.chars().filter(|c| !c.is_control()).take(most).collect()
+}
+
 /// A line of at most [`MOST_MESSAGE`] bytes; `None` at the end.
 async fn read_line(output: &mut (impl AsyncBufRead + Unpin)) -> Result<Option<Vec<u8>>, String> {
     let mut line = Vec::new();
@@ -323,14 +332,41 @@ pub(crate) enum Asked {
 impl Asked {
     pub(crate) fn parse(method: &str, params: Value) -> Result<Self> {
         let wrong = |error: serde_json::Error| {
-            Error::new(ErrorKind::Io, format!("the parameters of {method} are wrong")).because(error)
+            Error::new(ErrorKind::InvalidInput, format!("the parameters of {method} are wrong"))
+                .because(error)
         };
         match method {
             protocol::NextDirtyRegions::METHOD => {
                 serde_json::from_value(params).map(Self::Regions).map_err(wrong)
             }
             protocol::Release::METHOD => serde_json::from_value(params).map(Self::Release).map_err(wrong),
-            _ => Err(Error::new(ErrorKind::NotFound, "there is no such method")),
+            _ => Err(Error::new(ErrorKind::Unsupported, "there is no such method")),
         }
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[tokio::test]
+    async fn each_kind_of_error_comes_through_with_what_to_do_next() {
+        let (stream, _other) = UnixStream::pair().unwrap();
+        let peer = Peer::new("provider x".into(), stream, Activity::new());
+        let schema = serde_json::to_value(schemars::schema_for!(ErrorKind)).unwrap();
+        let kinds: Vec<_> =
+            schema["oneOf"].as_array().unwrap().iter().map(|kind| kind["const"].clone()).collect();
+        for new in ["target-foreign", "unauthorized", "unreachable", "invalid-input", "unsupported"] {
+            assert!(kinds.iter().any(|kind| kind == new), "{new}: {kinds:?}");
+        }
+        for kind in kinds {
+            let data = json!({"kind": kind, "next": "renew\u{1b}[2J the token"});
+            let error = peer.told("job_init", &json!({"code": -32000, "message": "no", "data": data}));
+            assert_eq!(serde_json::to_value(error.kind()).unwrap(), kind);
+            assert_eq!(error.what_next(), Some("renew[2J the token"));
+            assert!(is_told(&error));
+        }
+        let unknown = peer.told("job_init", &json!({"message": "no", "data": {"kind": "from-the-future"}}));
+        assert_eq!((unknown.kind(), unknown.what_next()), (ErrorKind::Io, None));
     }
 }

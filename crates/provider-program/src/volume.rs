@@ -67,7 +67,8 @@ impl ServedVolume {
         let read = self.fetch(range).await;
         match &read {
             Ok(_) => self.was_read(range),
-            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            // The program's mistake, not the disk's.
+            Err(error) if error.kind() == ErrorKind::InvalidInput => {}
             Err(error) => {
                 let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
                 failure.get_or_insert_with(|| (error.kind(), crate::rpc::chain(error)));
@@ -100,7 +101,7 @@ impl ServedVolume {
                     self.name,
                     extent.range.start()
                 );
-                return Err(Error::new(ErrorKind::NotFound, what));
+                return Err(Error::new(ErrorKind::InvalidInput, what));
             }
         }
         if !data {
@@ -137,7 +138,7 @@ impl ServedVolume {
     /// All dirty regions up to some point, for `next_dirty_regions`.
     pub(crate) fn dirty_regions(&self, from: Offset) -> Result<protocol::NextDirtyRegionsAnswer> {
         if from.get() > self.size().get() {
-            return Err(Error::new(ErrorKind::NotFound, format!("{from} is beyond the end of the disk")));
+            return Err(Error::new(ErrorKind::InvalidInput, format!("{from} is beyond the end of the disk")));
         }
         if from.get() == self.size().get() {
             return Ok(protocol::NextDirtyRegionsAnswer { regions: Vec::new(), next: None });

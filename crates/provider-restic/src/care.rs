@@ -39,7 +39,7 @@ pub struct Retention {
 
 impl Retention {
     fn options(&self) -> Result<KeepOptions> {
-        let wrong = |what: String| Error::new(ErrorKind::NotFound, what);
+        let wrong = |what: String| Error::new(ErrorKind::InvalidInput, what);
         let number = |count: Option<u32>| count.map(|count| i32::try_from(count).unwrap_or(i32::MAX));
         let mut options = KeepOptions::default();
         options.keep_last = number(self.last);
@@ -49,15 +49,17 @@ impl Retention {
         options.keep_monthly = number(self.monthly);
         options.keep_yearly = number(self.yearly);
         options.keep_within = match &self.within {
-            Some(text) => Some(
-                text.parse()
-                    .map_err(|_| wrong(format!("{text:?} is no span of time; write it like 30d or 6mo")))?,
-            ),
+            Some(text) => Some(text.parse().map_err(|_| {
+                wrong(format!("{text:?} is no span of time"))
+                    .next("write it like 30d or 6mo: --keep-within 30d")
+            })?),
             None => None,
         };
         let counts = [self.last, self.hourly, self.daily, self.weekly, self.monthly, self.yearly];
         if self.within.is_none() && counts.iter().flatten().sum::<u32>() == 0 {
-            return Err(wrong("no rule keeps anything".to_owned()));
+            return Err(
+                wrong("no rule keeps anything".to_owned()).next("give one that does, such as --keep-last 7")
+            );
         }
         Ok(options)
     }
@@ -162,10 +164,10 @@ impl ResticProvider {
     /// If there is none or more than one, or it is the one that the repository was opened with.
     pub async fn remove_key(&self, name: &str) -> Result<String> {
         let all = self.keys().await?;
-        let wrong = |why: &str| Err(Error::new(ErrorKind::NotFound, format!("key {name:?} {why}")));
+        let wrong = |why: &str| Err(Error::new(ErrorKind::InvalidInput, format!("key {name:?} {why}")));
         let mut matching = all.iter().filter(|key| !name.is_empty() && key.id.starts_with(name));
         let (Some(key), None) = (matching.next(), matching.next()) else {
-            return wrong("is none, or more than one");
+            return wrong("is none of the repository's, or more than one of them");
         };
         if key.current {
             return wrong(
@@ -284,7 +286,7 @@ fn keys(repository: &Repository) -> Result<Vec<Key>> {
         username: Option<String>,
         created: Option<String>,
     }
-    let current = repository.rustic.key_id().as_ref().map(|id| id.to_hex().to_string());
+    let current = Some(repository.key_name.clone());
     let mut all = Vec::new();
     for (id, _) in
         repository.store.list(Folder::Keys).map_err(|error| stored("cannot list the keys", error))?

@@ -16,6 +16,7 @@
 mod backup;
 mod blob;
 mod care;
+mod child;
 mod chunk;
 mod crypto;
 mod disk;

@@ -2,7 +2,7 @@
 
 use crate::{
     backup::ResticBackup,
-    error::blocking,
+    error::{blocking, in_one_line},
     password::PasswordSource,
     repository::Repository,
     restore::ResticRestore,
@@ -10,7 +10,10 @@ use crate::{
     verify::{self, Verified},
 };
 use async_trait::async_trait;
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 use stillpoint_model::{PointId, TargetId, VmName};
 use stillpoint_provider::{
     Backup, Depth, Error, ErrorKind, PointSummary, Progress, Provider, Restore, Result, VerifyReport,
@@ -26,11 +29,22 @@ pub struct Settings {
     pub password: PasswordSource,
 }
 
+/// For so long a host that did not answer is not asked again: who backs up many VMs would wait for it with each.
+const AGAIN: Duration = Duration::from_secs(30);
+
+struct Unreachable {
+    when: Instant,
+    what: String,
+    next: String,
+}
+
 /// Keeps points in a restic repository.
 pub struct ResticProvider {
     settings: Settings,
     /// Opened when first needed: deriving the key from the password takes a while.
     open: Mutex<Option<Arc<Repository>>>,
+    /// When its host was last found not to answer, with what was said of it.
+    unreachable: Mutex<Option<Unreachable>>,
     /// What was found good already, so that points that share data are not read again for each other.
     verified: Arc<Verified>,
 }
@@ -38,7 +52,7 @@ pub struct ResticProvider {
 impl ResticProvider {
     /// A provider for the repository that `settings` name.
     pub fn new(settings: Settings) -> Self {
-        Self { settings, open: Mutex::new(None), verified: Arc::default() }
+        Self { settings, open: Mutex::new(None), unreachable: Mutex::new(None), verified: Arc::default() }
     }
 
     /// Creates the repository. Nothing else ever does.
@@ -58,10 +72,26 @@ impl ResticProvider {
         if let Some(repository) = open.as_ref() {
             return Ok(Arc::clone(repository));
         }
+        let mut unreachable = self.unreachable.lock().await;
+        if let Some(earlier) = unreachable.as_ref().filter(|earlier| earlier.when.elapsed() < AGAIN) {
+            let what = format!("{} (found {} s ago)", earlier.what, earlier.when.elapsed().as_secs());
+            return Err(Error::new(ErrorKind::Unreachable, what).next(earlier.next.clone()));
+        }
         let settings = self.settings.clone();
-        let repository =
-            blocking(move || Repository::open(&settings.repository, &settings.password.read()?)).await?;
-        Ok(Arc::clone(open.insert(Arc::new(repository))))
+        let opened =
+            blocking(move || Repository::open(&settings.repository, &settings.password.read()?)).await;
+        match opened {
+            Ok(repository) => Ok(Arc::clone(open.insert(Arc::new(repository)))),
+            Err(error) => {
+                if error.kind() == ErrorKind::Unreachable {
+                    let next =
+                        error.what_next().unwrap_or("check that the host runs and is reached from here");
+                    let (what, next) = (in_one_line(&error), next.to_owned());
+                    *unreachable = Some(Unreachable { when: Instant::now(), what, next });
+                }
+                Err(error)
+            }
+        }
     }
 
     async fn find(&self, vm: &VmName, point: &PointId) -> Result<(Arc<Repository>, Found)> {

@@ -3,7 +3,7 @@
 use crate::{
     blob::{BlobKind, Id},
     crypto::{self, Key},
-    error::{damaged, rustic, stored},
+    error::{damaged, rustic, rustic_or, stored},
     index::Location,
     key_file,
     password::Password,
@@ -15,11 +15,14 @@ use rustic_core::{
     ConfigOptions, Credentials, KeyOptions, OpenStatus, RepositoryBackends, RepositoryOptions,
     repofile::MasterKey,
 };
-use std::sync::Arc;
+use std::{io, sync::Arc};
 use stillpoint_provider::{Error, ErrorKind, Result};
 
 /// Largest blob that is read. restic's are 8 MiB at most, but for trees.
 const LARGEST_BLOB: u32 = 512 << 20;
+
+/// Largest configuration, in the clear. restic's have some hundred bytes.
+const LARGEST_CONFIG: u64 = 64 << 10;
 
 /// An open repository.
 pub(crate) struct Repository {
@@ -29,6 +32,8 @@ pub(crate) struct Repository {
     pub compress: bool,
     /// Its id: 64 hex digits.
     pub id: String,
+    /// The file of the key that it was opened with.
+    pub key_name: String,
     /// Who hears of what rustic does.
     pub watcher: Watcher,
     /// For what rustic does.
@@ -43,6 +48,23 @@ fn closed(store: &Arc<dyn Store>, watcher: &Watcher) -> Result<rustic_core::Repo
         .map_err(|error| rustic("cannot use the repository", &error))
 }
 
+/// Version and id of a repository, from its configuration.
+fn describe(store: &dyn Store, key: &Key, cannot: &str) -> Result<(u32, String)> {
+    #[derive(serde::Deserialize)]
+    struct Config {
+        version: u32,
+        id: String,
+    }
+    let sealed = store.read(Folder::Config, "config").map_err(|error| stored(cannot, error))?;
+    let wrong = |why: &str| damaged(cannot).because(format!("its configuration {why}"));
+    let json = crypto::open_file(key, &sealed, LARGEST_CONFIG).map_err(|error| wrong(&error.to_string()))?;
+    let config: Config = serde_json::from_slice(&json).map_err(|_| wrong("is not what was written"))?;
+    if Id::parse(&config.id).is_none() || config.version == 0 {
+        return Err(wrong("has no id or no version"));
+    }
+    Ok((config.version, config.id))
+}
+
 impl Repository {
     /// Opens the repository at `location`. It is never created here.
     pub(crate) fn open(location: &str, password: &Password) -> Result<Self> {
@@ -50,65 +72,58 @@ impl Repository {
         let place = store.location();
         let config = store.list(Folder::Config);
         let config = config.map_err(|error| {
-            let error = stored(format!("cannot reach repository {place}"), error);
-            match error.kind() {
-                ErrorKind::Damaged => Error::new(ErrorKind::Io, error.to_string()),
-                _ => error,
+            let cannot = format!("cannot open repository {place}");
+            match stored(&cannot, error) {
+                error if error.kind() == ErrorKind::Damaged => {
+                    Error::new(ErrorKind::Io, cannot).because(error)
+                }
+                error => error,
             }
         })?;
         if config.is_empty() {
-            return Err(Error::new(ErrorKind::TargetMissing, format!("there is no repository at {place}")));
+            return Err(store.absent());
         }
         Self::unlock(store, password)
     }
 
     fn unlock(store: Arc<dyn Store>, password: &Password) -> Result<Self> {
         let (place, watcher) = (store.location(), Watcher::default());
-        let opened = closed(&store, &watcher)?.open(&Credentials::password(password.expose()));
-        let opened = opened.map_err(|error| match error.is_incorrect_password() {
-            true => Error::new(
-                ErrorKind::TargetMissing,
-                format!("no key of repository {place} has this password"),
-            ),
-            false => Error::new(ErrorKind::Damaged, format!("cannot open repository {place}"))
-                .because(crate::error::in_one_line(&*error)),
-        })?;
-        let key = opened.key();
-        let (version, id) = (opened.config().version, opened.config().id.to_hex().to_string());
-        if !(1..=2).contains(&version) {
-            return Err(damaged(format!("the repository is of version {version}, which is not known here")));
+        let cannot = format!("cannot open repository {place}");
+        let found = key_file::find(&*store, password)?;
+        let key = Key::new(&found.key.encrypt, &found.key.mac.k, &found.key.mac.r)?;
+        let (version, id) = describe(&*store, &key, &cannot)?;
+        if version > 2 {
+            let newer = format!("repository {place} is of version {version}; only 1 and 2 are known here");
+            return Err(Error::new(ErrorKind::Unsupported, newer)
+                .next("use a newer Stillpoint for it, or another repository"));
         }
-        Ok(Self {
-            store,
-            key: Key::new(&key.encrypt, &key.mac.k, &key.mac.r)?,
-            compress: version == 2,
-            id,
-            watcher,
-            rustic: opened,
-        })
+        let opened = closed(&store, &watcher)?.open(&Credentials::Masterkey(found.key));
+        let opened = opened.map_err(|error| rustic_or(ErrorKind::Damaged, &cannot, &error))?;
+        Ok(Self { store, key, compress: version == 2, id, key_name: found.name, watcher, rustic: opened })
     }
 
     /// Makes a new repository at `location`, where there must be none.
     pub(crate) fn create(location: &str, password: &Password) -> Result<Self> {
         let store = store::open(location)?;
         let place = store.location();
-        for folder in Folder::ALL.into_iter().chain([Folder::Config]) {
-            let found = store.list(folder);
-            let found = found
-                .map_err(|error| Error::new(ErrorKind::Io, format!("cannot reach {place}")).because(error))?;
+        let cannot = format!("cannot create a repository at {place}");
+        for folder in [Folder::Config].into_iter().chain(Folder::ALL) {
+            let found = store.list(folder).map_err(|error| stored(&cannot, error))?;
             if !found.is_empty() {
-                return Err(Error::new(
-                    ErrorKind::Io,
-                    format!(
-                        "there is a repository at {place} already, or what is left of one ({})",
-                        folder.name()
-                    ),
+                let what = format!(
+                    "there is a repository at {place} already, or what is left of one ({})",
+                    folder.name()
+                );
+                return Err(Error::new(ErrorKind::TargetForeign, what).next(
+                    "use it as it is, or name an empty place for a new one; nothing there was changed",
                 ));
             }
         }
         let key = MasterKey::new();
-        let cannot = format!("cannot create a repository at {place}");
-        store.create().map_err(|error| stored(&cannot, error))?;
+        store.create().map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => Error::new(ErrorKind::TargetMissing, &cannot).because(error),
+            _ => stored(&cannot, error),
+        })?;
         key_file::add(&*store, &key, password)?;
         let made = closed(&store, &Watcher::default())?.init(
             &Credentials::Masterkey(key),
@@ -155,5 +170,34 @@ impl Repository {
             return Ok(content);
         }
         Err(damaged(format!("{} is not what was written", what())))
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn a_repository_of_a_newer_version_is_not_called_damaged() {
+        let directory = tempfile::tempdir().unwrap();
+        let location = directory.path().join("repository");
+        let location = location.to_str().unwrap();
+        let file = directory.path().join("password");
+        std::fs::write(&file, "canary").unwrap();
+        std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+        let password = crate::PasswordSource::File(file).read().unwrap();
+        let made = Repository::create(location, &password).unwrap();
+        let write = |text: &str| {
+            made.store.remove(Folder::Config, "config").unwrap();
+            let sealed = made.key.encrypt(text.as_bytes()).unwrap();
+            made.store.write(Folder::Config, "config", &[sealed.into()]).unwrap();
+            Repository::open(location, &password).err().unwrap().kind()
+        };
+        let config = |version: u32| format!(r#"{{"version":{version},"id":"{}"}}"#, made.id);
+        assert_eq!(write(&config(3)), ErrorKind::Unsupported);
+        assert_eq!(write(&config(0)), ErrorKind::Damaged);
+        assert_eq!(write("{}"), ErrorKind::Damaged);
+        made.store.remove(Folder::Config, "config").unwrap();
+        assert_eq!(Repository::open(location, &password).err().unwrap().kind(), ErrorKind::Damaged);
     }
 }

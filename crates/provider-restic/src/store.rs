@@ -4,14 +4,25 @@
 //! their final name; see ADR 0015. [`Files`] lets rustic use ours.
 
 mod local;
+mod network;
 mod object;
+mod rclone;
 mod rest;
 mod rustic;
+mod s3;
+mod sftp;
 
 pub(crate) use rustic::Files;
 
 use bytes::{Bytes, BytesMut};
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
 use stillpoint_provider::{Error, ErrorKind, Result};
 
 /// Tries of each request to another host after the first, with pauses that grow to [`LONGEST_PAUSE`]: some half a minute in
@@ -20,6 +31,36 @@ const TRIES: usize = 5;
 const LONGEST_PAUSE: Duration = Duration::from_secs(8);
 /// A request without an answer for so long is tried again. A pack of 16 MiB takes this at 1.5 Mbit/s.
 const TIMEOUT: Duration = Duration::from_secs(90);
+
+/// What the host of a store may take for its first answer. A person, or a VM's lock, waits for it, and a name that is
+/// wrong does not get right by waiting. Later on a store is patient, so that a run outlives a server that is started anew.
+const FIRST_ANSWER: Duration = Duration::from_secs(12);
+
+/// Tries after the first until the store has answered once, with pauses of up to [`LONGEST_FIRST_PAUSE`].
+const FIRST_TRIES: usize = 2;
+const LONGEST_FIRST_PAUSE: Duration = Duration::from_secs(2);
+
+/// The time until a store's host has answered once.
+struct Opening {
+    until: Instant,
+    answered: AtomicBool,
+}
+
+impl Opening {
+    fn new() -> Self {
+        Self { until: Instant::now() + FIRST_ANSWER, answered: AtomicBool::new(false) }
+    }
+
+    /// What is left for the first answer; `None` once there was one.
+    fn left(&self) -> Option<Duration> {
+        let waits = !self.answered.load(Ordering::Relaxed);
+        waits.then(|| self.until.saturating_duration_since(Instant::now()))
+    }
+
+    fn answered(&self) {
+        self.answered.store(true, Ordering::Relaxed);
+    }
+}
 
 /// A kind of file, which is a folder of the repository.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -64,6 +105,11 @@ pub(crate) trait Store: Send + Sync {
     /// What to call it in messages; without credentials.
     fn location(&self) -> String;
 
+    /// What to say where there is no configuration, so no repository.
+    fn absent(&self) -> Error {
+        Error::new(ErrorKind::TargetMissing, format!("there is no repository at {}", self.location()))
+    }
+
     /// Makes the folders of a new repository.
     fn create(&self) -> io::Result<()>;
 
@@ -98,16 +144,17 @@ pub(crate) trait Store: Send + Sync {
 /// `rest:https://host/path`, `rclone:remote:path`.
 pub(crate) fn open(location: &str) -> Result<Arc<dyn Store>> {
     match location.split_once(':') {
-        Some(("s3", rest)) => Ok(Arc::new(object::ObjectStore::s3(rest)?)),
-        Some(("sftp", rest)) => Ok(Arc::new(object::ObjectStore::sftp(rest)?)),
+        Some(("s3", rest)) => Ok(Arc::new(s3::open(rest)?)),
+        Some(("sftp", rest)) => Ok(Arc::new(sftp::open(rest)?)),
         Some(("rest", rest)) => Ok(Arc::new(rest::RestStore::rest(rest)?)),
-        Some(("rclone", remote)) => Ok(Arc::new(rest::RestStore::rclone(remote)?)),
+        Some(("rclone", remote)) => Ok(Arc::new(rclone::open(remote)?)),
         Some(("local", path)) => Ok(Arc::new(local::LocalStore::new(path.into()))),
         Some((scheme, _)) if !scheme.contains('/') => Err(Error::new(
-            ErrorKind::TargetMissing,
-            format!(
-                "there is no way to a repository at {location:?}: it is a path, s3:https://HOST/BUCKET[/PATH], sftp:[USER@]HOST:/PATH, rest:https://HOST[:PORT]/[PATH] or rclone:REMOTE:PATH"
-            ),
+            ErrorKind::InvalidInput,
+            format!("repository {:?} begins with {scheme:?}, which is no kind of place known here", shown(location)),
+        )
+        .next(
+            "write a path, s3:https://HOST/BUCKET[/PATH], sftp:[USER@]HOST:/PATH, rest:https://HOST[:PORT]/[PATH] or rclone:REMOTE:PATH",
         )),
         _ => Ok(Arc::new(local::LocalStore::new(location.into()))),
     }
@@ -116,9 +163,21 @@ pub(crate) fn open(location: &str) -> Result<Arc<dyn Store>> {
 /// A location for messages, without credentials that it should not have.
 pub(crate) fn shown(location: &str) -> String {
     match location.split_once(':') {
-        Some(("s3" | "sftp" | "rest", _)) => object::without_credentials(location),
+        Some(("rclone", remote)) => format!("rclone:{}", rclone::shown(remote)),
         Some(("local", path)) => path.to_owned(),
+        Some((scheme, _)) if !scheme.contains('/') => without_credentials(location),
         _ => location.to_owned(),
+    }
+}
+
+/// A location to show: what stands in front of an `@` might be a password.
+fn without_credentials(location: &str) -> String {
+    match location.rsplit_once('@') {
+        Some((before, host)) => {
+            let scheme = before.split_once("://").map_or("", |(scheme, _)| scheme);
+            if scheme.is_empty() { format!("...@{host}") } else { format!("{scheme}://...@{host}") }
+        }
+        None => location.to_owned(),
     }
 }
 

@@ -50,13 +50,14 @@ pub enum ErrorKind {
 pub struct Error {
     kind: ErrorKind,
     context: String,
+    next: Option<String>,
     source: Option<Box<dyn error::Error + Send + Sync>>,
 }
 
 impl Error {
     /// An error of `kind`; `context` says what was being done with what, as a person would read it.
     pub fn new(kind: ErrorKind, context: impl Into<String>) -> Self {
-        Self { kind, context: context.into(), source: None }
+        Self { kind, context: context.into(), next: None, source: None }
     }
 
     /// The same with its cause.
@@ -64,6 +65,19 @@ impl Error {
     pub fn because(mut self, source: impl Into<Box<dyn error::Error + Send + Sync>>) -> Self {
         self.source = Some(source.into());
         self
+    }
+
+    /// The same with what a person should check or type next, where the kind alone does not say it well enough.
+    #[must_use]
+    pub fn next(mut self, next: impl Into<String>) -> Self {
+        self.next = Some(next.into());
+        self
+    }
+
+    /// What a person should check or type next; of the outermost cause that knows.
+    pub fn what_next(&self) -> Option<&str> {
+        let cause = || self.source.as_ref()?.downcast_ref::<Self>()?.what_next();
+        self.next.as_deref().or_else(cause)
     }
 
     /// What to act on.

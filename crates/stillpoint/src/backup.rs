@@ -6,6 +6,7 @@ use crate::{
     failure::{Exit, Failure, Guest},
     interrupt::Interrupt,
     progress::BackupProgress,
+    provider_failure::provider_failure,
     reach::ReachedVm,
     runtime,
     selection::Selection,
@@ -384,9 +385,7 @@ impl Run<'_> {
             }
             Err(error) if error.kind() == ProviderErrorKind::CommitUnknown => {
                 let kept = chain.keep_both().await;
-                let failure = provider_failure(&error, Guest::Unharmed)
-                    .next("run the backup again; it finds out which point is there");
-                Err(self.cleaned(failure, None, kept))
+                Err(self.cleaned(provider_failure(&error, Guest::Unharmed), None, kept))
             }
             Err(error) => {
                 let rolled_back = chain.roll_back().await;
@@ -525,43 +524,4 @@ fn new_point() -> Result<PointId, rustix::io::Errno> {
     let mut random = [0u8; 4];
     rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
     Ok(PointId::new(jiff::Timestamp::now(), u32::from_ne_bytes(random)))
-}
-
-/// The words for what a provider says.
-pub(crate) fn provider_failure(error: &stillpoint_provider::Error, guest: Guest) -> Failure {
-    let exit = match error.kind() {
-        ProviderErrorKind::Locked => Exit::Locked,
-        ProviderErrorKind::Cancelled => Exit::Interrupted,
-        _ => Exit::Failed,
-    };
-    let failure = Failure::new(exit, crate::failure::chain(error));
-    let failure = match guest {
-        Guest::NotConcerned => failure,
-        guest => failure.guest(guest),
-    };
-    match error.kind() {
-        ProviderErrorKind::TargetMissing => {
-            failure.next("check the path, or mount the target, then try again")
-        }
-        ProviderErrorKind::TargetForeign => {
-            failure.next("name the right target; nothing in this place was changed")
-        }
-        ProviderErrorKind::Unauthorized => {
-            failure.next("check the password or the credentials of the target")
-        }
-        ProviderErrorKind::Unreachable => {
-            failure.next("check the host's name and port, and that it runs and is reached from here")
-        }
-        ProviderErrorKind::InvalidInput => failure.next("correct the target in the configuration file"),
-        ProviderErrorKind::TargetReadOnly => {
-            failure.next("mount the target for writing, or run as a user that may write there")
-        }
-        ProviderErrorKind::TargetFull => failure.next("make room in the target, then try again"),
-        ProviderErrorKind::Locked => failure.next("wait for that run to end, then try again"),
-        ProviderErrorKind::Damaged => {
-            failure.next("stillpoint verify, to see what is damaged; stillpoint points, for points before it")
-        }
-        ProviderErrorKind::NotFound => failure.next("stillpoint points, to see what there is"),
-        _ => failure,
-    }
 }

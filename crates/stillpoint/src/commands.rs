@@ -1,14 +1,16 @@
 //! From a parsed command line to an exit status.
 
 use crate::{
-    backup::{Job, provider_failure},
+    backup::Job,
     cli::{self, Cli, Command, PointName},
     config::{Config, Vm},
     doctor,
     failure::{Exit, Failure, Guest},
     interrupt::Interrupt,
     progress::BytesProgress,
-    provider_check, repository, restore,
+    provider_check,
+    provider_failure::{TypedTarget, provider_failure},
+    repository, restore,
     text::{self, note, print},
     vm::{self, Found},
 };
@@ -19,6 +21,7 @@ use stillpoint_provider::{BitmapMode, Depth, Finding, PointSummary, Provider, Ve
 
 /// Runs the command and tells what came of it.
 pub async fn run(cli: Cli) -> Exit {
+    let target = TypedTarget::of_command(&cli.command);
     let result = match cli.command {
         Command::Backup(arguments) => return backup(&cli.config, arguments).await,
         Command::Points(arguments) => points(&cli.config, &arguments).await,
@@ -35,6 +38,7 @@ pub async fn run(cli: Cli) -> Exit {
     match result {
         Ok(exit) => exit,
         Err(failure) => {
+            let failure = failure.at(&target);
             note(&failure);
             failure.exit
         }
@@ -48,7 +52,9 @@ pub(crate) fn watched() -> bool {
 
 async fn backup(path: &Path, arguments: cli::Backup) -> Exit {
     let mut worst = Exit::Done;
-    let fail = |name: Option<&VmName>, failure: &Failure| {
+    let target = TypedTarget::of(&arguments.place);
+    let fail = |name: Option<&VmName>, failure: Failure| {
+        let failure = failure.at(&target);
         if arguments.json {
             print(json!({
                 "vm": name,
@@ -58,18 +64,18 @@ async fn backup(path: &Path, arguments: cli::Backup) -> Exit {
                 "error": failure.what(),
             }));
         }
-        note(failure);
+        note(&failure);
         failure.exit
     };
     let prepared = prepare(path, &arguments);
     let (provider, vms) = match prepared {
         Ok(prepared) => prepared,
-        Err(failure) => return fail(None, &failure.before_the_guest()),
+        Err(failure) => return fail(None, failure.before_the_guest()),
     };
     let interrupt = match Interrupt::listen() {
         Ok(interrupt) => interrupt,
         Err(error) => {
-            return fail(None, &Failure::because(Exit::Failed, "cannot listen for signals", &error));
+            return fail(None, Failure::because(Exit::Failed, "cannot listen for signals", &error));
         }
     };
     for (name, vm) in &vms {
@@ -92,7 +98,7 @@ async fn backup(path: &Path, arguments: cli::Backup) -> Exit {
                 print(&summary);
                 summary.exit
             }
-            Err(failure) => fail(name.as_ref(), &failure),
+            Err(failure) => fail(name.as_ref(), failure),
         };
         worst = worst.worst(exit);
         if interrupt.is_set() {
@@ -201,7 +207,7 @@ pub(crate) async fn resolve(provider: &dyn Provider, name: &PointName) -> Result
     let latest = found.into_iter().max_by_key(|point| point.sequence).map(|point| point.id);
     latest.ok_or_else(|| {
         Failure::new(Exit::Failed, format!("there is no point of VM {} in {}", name.vm, provider.name()))
-            .next("stillpoint points, to see what there is")
+            .next("stillpoint points{target}, to see what there is")
     })
 }
 

@@ -3,7 +3,8 @@
 use crate::{
     cli,
     config::{Config, Vm},
-    failure::{Exit, Failure},
+    failure::{Exit, Failure, Guest},
+    provider_failure::{TypedTarget, provider_failure},
     runtime,
     selection::{self, Selection},
     text::print,
@@ -216,7 +217,8 @@ async fn look_at_target(config: &Config, path: &Path, arguments: &cli::Doctor, r
                 }
             }
             Err(error) => {
-                report.bad(crate::failure::chain(&error), Some("check the path, or mount the target"))
+                let failure = provider_failure(&error, Guest::NotConcerned);
+                report.failure(&failure.at(&TypedTarget::of(&place)));
             }
         }
         provider.close().await;

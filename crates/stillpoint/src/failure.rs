@@ -1,6 +1,7 @@
 //! What a person is told when something failed: what is wrong, whether the guest was affected, whether earlier points
 //! are still good, and what to type next.
 
+use crate::provider_failure::TypedTarget;
 use std::{fmt, process::ExitCode};
 
 /// Exit statuses; scripts depend on them.
@@ -130,6 +131,13 @@ impl Failure {
     #[must_use]
     pub fn next(mut self, next: impl Into<String>) -> Self {
         self.next = Some(next.into());
+        self
+    }
+
+    /// Says which target it is about, so that what to type next names it.
+    #[must_use]
+    pub(crate) fn at(mut self, target: &TypedTarget) -> Self {
+        self.next = self.next.map(|next| target.named(&next));
         self
     }
 

@@ -19,6 +19,7 @@ mod failure;
 mod interrupt;
 mod progress;
 mod provider_check;
+mod provider_failure;
 mod reach;
 mod repository;
 mod restore;

@@ -1,17 +1,18 @@
 //! Care for targets that are repositories: `forget`, `prune`, `key`.
 
 use crate::{
-    backup::provider_failure,
     cli,
     commands::watched,
     config::Config,
     failure::{Exit, Failure, Guest},
     progress::StepsProgress,
+    provider_failure::provider_failure,
     text::{self, note, print},
 };
 use serde_json::json;
 use std::{path::Path, sync::Arc};
 use stillpoint_model::Length;
+use stillpoint_provider::ErrorKind;
 use stillpoint_provider_restic::{PasswordSource, Pruned, ResticProvider, Retention, Steps};
 
 fn failed(error: &stillpoint_provider::Error) -> Failure {
@@ -34,11 +35,7 @@ pub(crate) async fn forget(path: &Path, arguments: &cli::Forget) -> Result<Exit,
         within: arguments.keep_within.clone(),
     };
     let kept = repository.forget(arguments.vm.as_ref(), &retention, arguments.dry_run).await;
-    let kept = kept.map_err(|error| match error.kind() {
-        // It is about the rules, or about a point that the rules are applied to.
-        stillpoint_provider::ErrorKind::NotFound => Failure::usage(crate::failure::chain(&error)),
-        _ => failed(&error),
-    })?;
+    let kept = kept.map_err(|error| failed(&error))?;
     let forgotten = kept.iter().filter(|point| !point.keep).count();
     let pruned = match arguments.prune {
         true => Some(pruned(&repository, false).await?),
@@ -130,7 +127,9 @@ pub(crate) async fn key(path: &Path, command: &cli::Key) -> Result<Exit, Failure
         }
         cli::Key::Remove { target, key } => {
             let id = open(target)?.remove_key(key).await.map_err(|error| match error.kind() {
-                stillpoint_provider::ErrorKind::NotFound => Failure::usage(error.to_string()),
+                ErrorKind::InvalidInput => {
+                    failed(&error).next("stillpoint key list{target}, to see which there are")
+                }
                 _ => failed(&error),
             })?;
             print(format!("key {} is removed", id.get(..12).unwrap_or(&id)));

@@ -5,13 +5,13 @@
 //! that what looks restored is restored.
 
 use crate::{
-    backup::provider_failure,
     cli::{self, Format},
     commands::{resolve, watched},
     config::Config,
     failure::{Exit, Failure, Guest},
     interrupt::Interrupt,
     progress::{BytesProgress, rate},
+    provider_failure::provider_failure,
     text::{self, print},
 };
 use std::{path::Path, sync::Arc, time::Instant};

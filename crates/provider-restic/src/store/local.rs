@@ -1,6 +1,7 @@
 //! A repository in a directory.
 
 use super::{Folder, Store, is_file_name, not_found};
+use crate::error::Fault;
 use bytes::{Bytes, BytesMut};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, openat};
 use std::{
@@ -15,6 +16,7 @@ use std::{
     sync::Mutex,
 };
 use stillpoint_buffer as buffer;
+use stillpoint_provider::{Error, ErrorKind};
 
 /// Files of a directory. Each file is complete and durable before it gets its name, so a loss of power or a kill
 /// leaves no half of one.
@@ -55,7 +57,7 @@ impl LocalStore {
     fn list_directory(directory: &Path, found: &mut Vec<(String, u64)>) -> io::Result<()> {
         let entries = match fs::read_dir(directory) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            entries => entries.map_err(|error| at(directory, error))?,
+            entries => entries.map_err(|error| unreadable(directory, error))?,
         };
         for entry in entries {
             let entry = entry?;
@@ -181,9 +183,51 @@ fn is_there(path: &Path, content: &[Bytes]) -> bool {
     fs::metadata(path).is_ok_and(|metadata| metadata.len() == length as u64)
 }
 
+/// What stands where a repository should be.
+fn absent(path: &Path) -> Error {
+    let shown = path.display();
+    let error = |kind, what: &str| Error::new(kind, format!("there is no repository at {shown}{what}"));
+    let entries = match fs::read_dir(path) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
+            return Error::new(ErrorKind::TargetForeign, format!("{shown} is a file, and no repository"))
+                .next("name the repository's directory in `repository`; the file was not changed");
+        }
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => {
+            return error(ErrorKind::TargetMissing, ": there is no such directory");
+        }
+        Err(cause) => {
+            return crate::error::stored(format!("cannot open repository {shown}"), unreadable(path, cause));
+        }
+    };
+    let names: Vec<_> = entries.filter_map(|entry| Some(entry.ok()?.file_name())).collect();
+    if names.is_empty() {
+        return error(ErrorKind::TargetMissing, ": the directory is empty");
+    }
+    if ["keys", "data"].iter().all(|name| names.iter().any(|found| found == name)) {
+        return error(ErrorKind::Damaged, ", only parts of one: its file `config` is missing")
+            .next("put `config` back from a copy of the repository; without it nothing there can be read");
+    }
+    error(ErrorKind::TargetForeign, ": the directory holds something else")
+        .next("name the repository's directory in `repository`; nothing there was changed")
+}
+
+/// An error of reading: other than for writing, no right means that this user is not the one.
+fn unreadable(path: &Path, error: io::Error) -> io::Error {
+    if error.kind() == io::ErrorKind::PermissionDenied {
+        let fault = Fault::new(ErrorKind::Unauthorized, format!("{}: {error}", path.display()));
+        return fault.next("run as the user that owns the repository, or as root").into();
+    }
+    at(path, error)
+}
+
 impl Store for LocalStore {
     fn location(&self) -> String {
         self.path.display().to_string()
+    }
+
+    fn absent(&self) -> Error {
+        absent(&self.path)
     }
 
     fn create(&self) -> io::Result<()> {
@@ -206,7 +250,7 @@ impl Store for LocalStore {
                 Ok(_) => {}
                 Err(error)
                     if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {}
-                Err(error) => return Err(at(&path, error)),
+                Err(error) => return Err(unreadable(&path, error)),
             },
             Folder::Data => {
                 for first in 0..=u8::MAX {
@@ -224,7 +268,7 @@ impl Store for LocalStore {
         let read = File::open(&path).and_then(|mut file| file.read_to_end(content));
         read.map(drop).map_err(|error: io::Error| match error.kind() {
             io::ErrorKind::NotFound => not_found(&path.display().to_string()),
-            _ => at(&path, error),
+            _ => unreadable(&path, error),
         })
     }
 
@@ -239,7 +283,7 @@ impl Store for LocalStore {
         };
         read().map_err(|error: io::Error| match error.kind() {
             io::ErrorKind::NotFound => not_found(&path.display().to_string()),
-            _ => at(&path, error),
+            _ => unreadable(&path, error),
         })
     }
 

@@ -1,12 +1,15 @@
 //! A repository in an object store or on another host, by `opendal`.
 
-use super::{Folder, LONGEST_PAUSE, Store, TIMEOUT, TRIES, is_file_name};
+use super::{
+    FIRST_TRIES, Folder, LONGEST_FIRST_PAUSE, LONGEST_PAUSE, Opening, Store, TIMEOUT, TRIES, is_file_name,
+    network, s3, sftp,
+};
+use crate::error::stored;
 use bytes::{Buf as _, Bytes, BytesMut};
 use opendal::{
-    ErrorKind as ObjectError, Operator, blocking,
+    ErrorKind as ObjectError, Operator,
     layers::{RetryLayer, TimeoutLayer},
     options::{ListOptions, ReadOptions},
-    services,
 };
 use std::{
     io::{self, Read as _},
@@ -14,118 +17,152 @@ use std::{
 };
 use stillpoint_buffer as buffer;
 use stillpoint_provider::{Error, ErrorKind, Result};
+use tokio::runtime::Handle;
 
 /// Between two pieces of an answer.
 const QUIET: Duration = Duration::from_secs(90);
-
 /// Files of an object store. A file appears there whole or not at all, and is durable once it was accepted.
 pub(super) struct ObjectStore {
-    operator: blocking::Operator,
-    location: String,
+    patient: Operator,
+    /// Until there was an answer.
+    first: Operator,
+    opening: Opening,
+    runtime: Handle,
+    place: Place,
+}
+
+/// Which store it is, for messages and for what its errors mean.
+pub(super) struct Place {
+    /// As restic writes it, without credentials.
+    pub location: String,
+    /// Host and port.
+    pub host: String,
+    /// In front of the repository's paths: empty, or with a slash at its end.
+    pub prefix: String,
+    pub kind: Kind,
+}
+
+pub(super) enum Kind {
+    S3 {
+        bucket: String,
+    },
+    /// With what a person types to log in there.
+    Sftp {
+        login: String,
+    },
+}
+
+/// What was being done when an error came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Act {
+    Read,
+    Write,
 }
 
 impl ObjectStore {
-    /// `rest` is what follows `s3:` in restic's notation. Credentials come from where AWS' own tools take them
-    /// (environment, `~/.aws`), and never from the location.
-    pub(super) fn s3(rest: &str) -> Result<Self> {
-        let wrong = |why: &str| {
-            Error::new(
-                ErrorKind::TargetMissing,
-                format!(
-                    "repository {:?} {why}; it is s3:https://HOST/BUCKET[/PATH]",
-                    format!("s3:{}", without_credentials(rest))
-                ),
-            )
-        };
-        let (scheme, path) = match rest.split_once("://") {
-            Some((scheme @ ("http" | "https"), path)) => (scheme, path),
-            Some(_) => return Err(wrong("is reached neither by https nor by http")),
-            None => ("https", rest),
-        };
-        let mut parts = path.trim_matches('/').splitn(3, '/');
-        let host = parts.next().filter(|host| !host.is_empty()).ok_or_else(|| wrong("names no host"))?;
-        if host.contains('@') {
-            return Err(wrong("has credentials in it, which belong into the environment or a file"));
-        }
-        let bucket =
-            parts.next().filter(|bucket| !bucket.is_empty()).ok_or_else(|| wrong("names no bucket"))?;
-        let prefix = parts.next().unwrap_or("");
-        let region = ["AWS_REGION", "AWS_DEFAULT_REGION"].iter().find_map(|name| std::env::var(name).ok());
-        let service = services::S3::default()
-            .endpoint(&format!("{scheme}://{host}"))
-            .bucket(bucket)
-            .root(&format!("/{prefix}"))
-            .region(region.as_deref().unwrap_or("us-east-1"))
-            .disable_ec2_metadata();
-        let operator = Operator::new(service).map_err(|error| opening(rest, &error))?;
-        Self::over(operator, format!("s3:{rest}"))
-    }
-
-    /// `rest` is what follows `sftp:`, either `user@host:/path` or `//user@host[:port]/path`. Keys and known hosts are
-    /// OpenSSH's, whose client is used.
-    pub(super) fn sftp(rest: &str) -> Result<Self> {
-        let wrong = || {
-            Error::new(
-                ErrorKind::TargetMissing,
-                format!("repository {:?} is not of the form sftp:[USER@]HOST:/PATH", format!("sftp:{rest}")),
-            )
-        };
-        let (address, path) = match rest.strip_prefix("//") {
-            Some(rest) => rest.split_once('/').map(|(address, path)| (address, format!("/{path}"))),
-            None => rest.split_once(':').map(|(address, path)| (address, path.to_owned())),
-        }
-        .filter(|(address, path)| !address.is_empty() && path.starts_with('/'))
-        .ok_or_else(wrong)?;
-        let (user, host) = address.split_once('@').map_or((None, address), |(user, host)| (Some(user), host));
-        let mut service = services::Sftp::default().endpoint(&format!("ssh://{host}")).root(&path);
-        if let Some(user) = user {
-            service = service.user(user);
-        }
-        let operator = Operator::new(service).map_err(|error| opening(rest, &error))?;
-        Self::over(operator, format!("sftp:{rest}"))
-    }
-
-    fn over(operator: Operator, location: String) -> Result<Self> {
+    pub(super) fn over(operator: Operator, place: Place, opening: Opening) -> Result<Self> {
         opendal::install_default();
-        let operator = operator
-            .layer(TimeoutLayer::new().with_timeout(TIMEOUT).with_io_timeout(QUIET))
-            .layer(RetryLayer::new().with_max_times(TRIES).with_max_delay(LONGEST_PAUSE).with_jitter());
-        let operator = blocking::Operator::new(operator).map_err(|error| opening(&location, &error))?;
-        Ok(Self { operator, location })
+        let runtime = Handle::try_current()
+            .map_err(|error| Error::new(ErrorKind::Io, "there is no runtime").because(error))?;
+        let operator = operator.layer(TimeoutLayer::new().with_timeout(TIMEOUT).with_io_timeout(QUIET));
+        let tries =
+            |times, longest| RetryLayer::new().with_max_times(times).with_max_delay(longest).with_jitter();
+        let first = operator.clone().layer(tries(FIRST_TRIES, LONGEST_FIRST_PAUSE));
+        let patient = operator.layer(tries(TRIES, LONGEST_PAUSE));
+        Ok(Self { patient, first, opening, runtime, place })
     }
-}
 
-fn opening(location: &str, error: &opendal::Error) -> Error {
-    Error::new(ErrorKind::TargetMissing, format!("cannot open repository {}", without_credentials(location)))
-        .because(error.to_string())
-}
+    /// Asks, and waits for the answer; for the first one not long.
+    fn ask<T, F: Future<Output = opendal::Result<T>>>(
+        &self,
+        path: &str,
+        act: Act,
+        ask: impl FnOnce(Operator) -> F,
+    ) -> io::Result<T> {
+        let answer = match self.opening.left() {
+            None => self.runtime.block_on(ask(self.patient.clone())),
+            Some(left) => {
+                let first = ask(self.first.clone());
+                let answer = self.runtime.block_on(async { tokio::time::timeout(left, first).await });
+                let answer = answer.map_err(|_| network::late(&self.place.host, None).at(path))?;
+                if !matches!(&answer, Err(error) if error.kind() == ObjectError::Unexpected) {
+                    self.opening.answered();
+                }
+                answer
+            }
+        };
+        answer.map_err(|error| self.failed(path, &error, act))
+    }
 
-/// A location to show: what stands in front of an `@` might be a password.
-pub(super) fn without_credentials(location: &str) -> String {
-    match location.rsplit_once('@') {
-        Some((before, host)) => {
-            let scheme = before.split_once("://").map_or("", |(scheme, _)| scheme);
-            if scheme.is_empty() { format!("...@{host}") } else { format!("{scheme}://...@{host}") }
+    fn failed(&self, path: &str, error: &opendal::Error, act: Act) -> io::Error {
+        if error.kind() == ObjectError::NotFound {
+            return super::not_found(path);
         }
-        None => location.to_owned(),
+        let fault = match &self.place.kind {
+            Kind::S3 { bucket } => s3::fault(&self.place.host, bucket, error, act),
+            Kind::Sftp { login } => sftp::fault(&self.place.host, login, error, act),
+        };
+        fault.at(path).into()
     }
-}
 
-fn failed(path: &str, error: &opendal::Error) -> io::Error {
-    let kind = match error.kind() {
-        ObjectError::NotFound => io::ErrorKind::NotFound,
-        ObjectError::PermissionDenied => io::ErrorKind::PermissionDenied,
-        ObjectError::RateLimited => io::ErrorKind::ResourceBusy,
-        _ => io::ErrorKind::Other,
-    };
-    // Its own text ends with the whole request; kind and message are what tells.
-    let message: String = error.message().chars().take(300).collect();
-    io::Error::new(kind, format!("{path}: {} ({message})", error.kind()))
+    fn path(&self, folder: Folder, name: &str) -> String {
+        format!("{}{}", self.place.prefix, folder.path(name))
+    }
+
+    /// The size of the configuration, if it is there.
+    fn config(&self) -> io::Result<Option<u64>> {
+        let path = format!("{}config", self.place.prefix);
+        let s3 = matches!(self.place.kind, Kind::S3 { .. });
+        match self.ask(&path, Act::Read, async |operator| operator.stat(&path).await) {
+            Ok(metadata) => return Ok(Some(metadata.content_length())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !s3 => return Ok(None),
+            // An object store's answer to this has no words; to a read it has.
+            Err(error)
+                if s3
+                    && matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied) => {}
+            Err(error) => return Err(error),
+        }
+        match self.ask(&path, Act::Read, async |operator| operator.read(&path).await) {
+            Ok(content) => Ok(Some(content.len() as u64)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
 }
 
 impl Store for ObjectStore {
     fn location(&self) -> String {
-        without_credentials(&self.location)
+        self.place.location.clone()
+    }
+
+    fn absent(&self) -> Error {
+        let place = &self.place.location;
+        let none = |what: &str| {
+            Error::new(ErrorKind::TargetMissing, format!("there is no repository at {place}{what}"))
+        };
+        let place = &self.place.prefix;
+        match self.place.kind {
+            Kind::Sftp { .. } => {
+                match self.ask(place, Act::Read, async |operator| operator.stat(place).await) {
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                        none(": there is no such directory")
+                    }
+                    _ => none(""),
+                }
+            }
+            // Some stores answer a read in a bucket that is not there as if it were.
+            Kind::S3 { .. } => {
+                let one = || ListOptions { limit: Some(1), ..ListOptions::default() };
+                match self
+                    .ask("keys/", Act::Read, async |operator| operator.list_options("keys/", one()).await)
+                {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                        stored(format!("cannot open repository {}", self.place.location), error)
+                    }
+                    _ => none(""),
+                }
+            }
+        }
     }
 
     fn create(&self) -> io::Result<()> {
@@ -134,18 +171,16 @@ impl Store for ObjectStore {
     }
 
     fn list(&self, folder: Folder) -> io::Result<Vec<(String, u64)>> {
-        let path = folder.name();
         if folder == Folder::Config {
-            return match self.operator.stat(path) {
-                Ok(metadata) => Ok(vec![("config".to_owned(), metadata.content_length())]),
-                Err(error) if error.kind() == ObjectError::NotFound => Ok(Vec::new()),
-                Err(error) => Err(failed(path, &error)),
-            };
+            return Ok(self.config()?.map(|size| ("config".to_owned(), size)).into_iter().collect());
         }
-        let options = ListOptions { recursive: true, ..ListOptions::default() };
-        let entries = match self.operator.list_options(&format!("{path}/"), options) {
-            Err(error) if error.kind() == ObjectError::NotFound => return Ok(Vec::new()),
-            entries => entries.map_err(|error| failed(path, &error))?,
+        let path = format!("{}{}/", self.place.prefix, folder.name());
+        let options = || ListOptions { recursive: true, ..ListOptions::default() };
+        let entries =
+            self.ask(&path, Act::Read, async |operator| operator.list_options(&path, options()).await);
+        let entries = match entries {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries?,
         };
         let files =
             entries.into_iter().filter(|entry| entry.metadata().is_file() && is_file_name(entry.name()));
@@ -153,17 +188,18 @@ impl Store for ObjectStore {
     }
 
     fn read_into(&self, folder: Folder, name: &str, content: &mut Vec<u8>) -> io::Result<()> {
-        let path = folder.path(name);
+        let path = self.path(folder, name);
         content.clear();
-        let read = self.operator.read(&path).map_err(|error| failed(&path, &error))?;
+        let read = self.ask(&path, Act::Read, async |operator| operator.read(&path).await)?;
         read.reader().read_to_end(content).map(drop)
     }
 
     fn read_part(&self, folder: Folder, name: &str, offset: u64, length: u64) -> io::Result<BytesMut> {
-        let path = folder.path(name);
+        let path = self.path(folder, name);
         let options =
             ReadOptions { range: (offset..offset.saturating_add(length)).into(), ..ReadOptions::default() };
-        let mut read = self.operator.read_options(&path, options).map_err(|error| failed(&path, &error))?;
+        let mut read =
+            self.ask(&path, Act::Read, async |operator| operator.read_options(&path, options).await)?;
         if read.len() as u64 != length {
             return Err(io::Error::new(
                 io::ErrorKind::UnexpectedEof,
@@ -176,37 +212,20 @@ impl Store for ObjectStore {
     }
 
     fn write(&self, folder: Folder, name: &str, content: &[Bytes]) -> io::Result<()> {
-        let path = folder.path(name);
+        let path = self.path(folder, name);
         let content: opendal::Buffer = content.iter().cloned().collect();
-        self.operator.write(&path, content).map_err(|error| failed(&path, &error))?;
-        Ok(())
+        self.ask(&path, Act::Write, async |operator| operator.write(&path, content).await).map(drop)
     }
 
     fn remove(&self, folder: Folder, name: &str) -> io::Result<()> {
-        let path = folder.path(name);
-        match self.operator.delete(&path) {
-            Err(error) if error.kind() != ObjectError::NotFound => Err(failed(&path, &error)),
-            _ => Ok(()),
+        let path = self.path(folder, name);
+        match self.ask(&path, Act::Write, async |operator| operator.delete(&path).await) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            deleted => deleted,
         }
     }
 
     fn sync(&self) -> io::Result<()> {
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod test {
-    use super::*;
-
-    #[test]
-    fn a_location_that_cannot_be_one_is_refused_without_showing_a_password() {
-        for bad in ["", "https://", "https://host", "ftp://host/bucket", "https://key:canary@host/bucket"] {
-            let error = ObjectStore::s3(bad).err().unwrap().to_string();
-            assert!(!error.contains("canary"), "{error}");
-        }
-        for bad in ["", "host", "user@host", "host:relative"] {
-            assert!(ObjectStore::sftp(bad).is_err(), "{bad}");
-        }
     }
 }

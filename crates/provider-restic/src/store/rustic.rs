@@ -1,7 +1,6 @@
 //! Lets rustic read, check, forget and prune through our stores.
 
 use super::{Folder, Store};
-use crate::key_file;
 use bytes::Bytes;
 use rustic_core::{BytesList, ErrorKind, FileType, Id, ReadBackend, RusticError, RusticResult, WriteBackend};
 use std::{fmt, io, sync::Arc};
@@ -46,11 +45,7 @@ impl ReadBackend for Files {
     }
 
     fn read_full(&self, kind: FileType, id: &Id) -> RusticResult<Bytes> {
-        let content = self.0.read(folder(kind), &id.to_hex()).map_err(failed)?;
-        if kind == FileType::Key {
-            key_file::check(&content).map_err(failed)?;
-        }
-        Ok(content)
+        self.0.read(folder(kind), &id.to_hex()).map_err(failed)
     }
 
     fn read_partial(
