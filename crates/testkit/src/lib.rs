@@ -30,6 +30,7 @@
 mod accelerator;
 mod bare;
 mod disk;
+pub mod firmware;
 mod graph;
 mod guest;
 mod images;
@@ -48,6 +49,7 @@ mod watch;
 
 pub use bare::BareMachine;
 pub use disk::{Cache, DiskSpec, FrontEnd, ImageFormat};
+pub use firmware::Firmware;
 pub use graph::BlockGraph;
 pub use guest::{Guest, GuestBuilder};
 pub use guest_writer::Histogram;

@@ -40,6 +40,22 @@ impl Qemu {
         Some(Self { root: Some(root), version: version(&text) })
     }
 
+    /// What one of its programs prints.
+    ///
+    /// # Errors
+    /// If it fails.
+    pub fn prints(&self, program: &str, arguments: &[&str]) -> Result<String> {
+        let mut command = match &self.root {
+            None => Command::new(program),
+            Some(root) => {
+                let mut command = Command::new("chroot");
+                command.arg(root).arg(program);
+                command
+            }
+        };
+        run(command.args(arguments))
+    }
+
     /// Whether it sees another file system than we do.
     pub(crate) fn is_elsewhere(&self) -> bool {
         self.root.is_some()
