@@ -8,6 +8,7 @@ use crate::{
     journal::Journal,
     listener::Listener,
     pause::Instant,
+    reserve::{Reserve, SpaceState, Watcher},
     step::current_node,
     steps::Steps,
     taking::Taking,
@@ -71,6 +72,10 @@ pub struct Settings {
     pub fleecing_directory: PathBuf,
     /// Most bytes that all fleecing images together may take; the run ends when they take more.
     pub fleecing_budget: Option<Length>,
+    /// Bytes that old data leaves free on its file system, and those below it; computed if not set. Zero leaves none.
+    pub fleecing_reserve: Option<Length>,
+    /// The command that calls [`run_watcher`](crate::run_watcher) in a process of its own.
+    pub watcher: Vec<OsString>,
     /// Whether old data is given back as soon as it was read or is known to be of no use. Without it the fleecing images
     /// keep all that the guest overwrites until the run ends, which is only of use to compare with.
     pub fleecing_discard: bool,
@@ -103,6 +108,7 @@ pub struct SnapshotAccess {
     pub(crate) tasks: Vec<JoinHandle<()>>,
     pub(crate) listener: Option<Listener>,
     pub(crate) watch: FleecingWatch,
+    pub(crate) watcher: Option<Watcher>,
     pub(crate) stop: tokio::sync::watch::Sender<Option<Stop>>,
     pub(crate) chain: Vec<crate::bitmap::ChainDisk>,
     pub(crate) held_power: bool,
@@ -140,9 +146,17 @@ impl SnapshotAccess {
     /// [`ErrorKind::Refused`] before anything was done; [`ErrorKind::LeftBehind`] if undoing failed too, so that
     /// `recover` is needed; [`ErrorKind::Changed`] if it is worth another look and another try; else what failed, and everything is undone.
     pub async fn take(qmp: Qmp, machine: &Machine, plan: Vec<DiskPlan>, settings: Settings) -> Result<Self> {
+        // No guest writes to a VM that is off, so there will be no old data.
+        let reserve = match machine.off {
+            true => Reserve::nothing(),
+            false => Reserve::of(&settings.fleecing_directory, settings.fleecing_reserve)?,
+        };
+        if let Some(low) = reserve.low() {
+            return Err(low.refusal());
+        }
         let journal = Journal::create(&settings.runtime_directory, &qmp)?;
         let steps = Steps::new(journal, settings.runtime_directory.clone());
-        let mut taking = Taking::new(qmp.clone(), steps, machine.off);
+        let mut taking = Taking::new(qmp.clone(), steps, machine.off, reserve);
         let taken = match taking.run(machine, &plan, &settings).await {
             Ok(instant) => taking.open(&plan).await.map(|opened| (instant, opened)),
             Err(error) => Err(error),
@@ -203,6 +217,15 @@ impl SnapshotAccess {
         self.watch.now_and_peak()
     }
 
+    /// Whether the old data was given up because the host ran low on space, with what was left where. What each disk's old
+    /// data took by then is told besides.
+    pub fn space_given_up(&self) -> Option<Option<SpaceState>> {
+        match &*self.stop.borrow() {
+            Some(Stop::LowSpace { space, .. }) => Some(space.clone()),
+            _ => None,
+        }
+    }
+
     /// A handle that ends all reading: every call on a volume fails from then on.
     pub fn canceller(&self) -> Canceller {
         Canceller(self.stop.clone())
@@ -233,8 +256,15 @@ impl SnapshotAccess {
             Some(error) => Some(error),
             None => self.steps.undo(&self.qmp).await.into_iter().next(),
         };
-        if first.is_none() {
-            self.watch.empty();
+        match (&first, self.watcher.take()) {
+            (None, watcher) => {
+                self.watch.empty();
+                if let Some(watcher) = watcher {
+                    watcher.end();
+                }
+            }
+            // What is left in the VM copies on, so the watcher goes on too, as after a death.
+            (Some(_), watcher) => drop(watcher),
         }
         drop(self.listener.take());
         self.steps.incomplete |= self.freeze.still_frozen.is_some();

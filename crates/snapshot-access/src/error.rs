@@ -11,6 +11,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum ErrorKind {
     /// This VM is refused, because going on is known to harm its guest or to give a wrong point.
     Refused,
+    /// The host has too little space left for old data; nothing was done to the VM.
+    NoSpace,
     /// QEMU answered a command with an error, or not at all.
     Qmp,
     /// The disk could not be read at its point.

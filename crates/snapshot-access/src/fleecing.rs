@@ -12,8 +12,8 @@ use crate::{
 use blkmap::Fiemap as _;
 use rustix::{
     fs::{
-        AtFlags, FallocateFlags, Mode, OFlags, SeekFrom, StatxFlags, fallocate, fstat, fstatfs, fstatvfs,
-        ftruncate, open, seek, statvfs, statx, unlink,
+        AtFlags, FallocateFlags, Mode, OFlags, SeekFrom, StatxFlags, fallocate, fchmod, fstat, fstatfs,
+        fstatvfs, ftruncate, open, seek, statvfs, statx, unlink,
     },
     io::{Errno, ReadWriteFlags, pwrite, pwritev2},
 };
@@ -22,7 +22,10 @@ use std::{
     io::{self, IoSlice},
     os::fd::{AsFd, BorrowedFd},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 use stillpoint_model::{Granularity, Length, Offset, Range};
@@ -52,6 +55,42 @@ async fn in_time(ask: impl FnOnce() -> rustix::io::Result<()> + Send + 'static) 
 /// File systems whose `FIEMAP` shows what is allocated at every moment, also while it is on its way to the disk: it is read from the
 /// same state, under the same lock, as writing changes it. Magic numbers of ext2 to ext4 and XFS (statfs(2)).
 const TELLING: [u64; 2] = [0xef53, 0x5846_5342];
+
+/// File systems that answer at once whatever their storage does, and keep a file's permissions: btrfs and tmpfs besides.
+const IN_THE_KERNEL: [u64; 4] = [TELLING[0], TELLING[1], 0x9123_683e, 0x0102_1994];
+
+/// The permissions of an image whose old data was given up. The file has no name, so they let nobody in or out; they are a
+/// mark that every process sees that has it open, and that QEMU cannot change by writing.
+const GIVEN_UP: Mode = Mode::RUSR;
+
+/// At the least so much is taken back in one go.
+const TAKE_BACK: u64 = 64 << 20;
+
+/// Marks an image as given up, for every process that has it open. To be done for all images of a run before
+/// [`take_back`], which changes what is read of them.
+pub(crate) fn mark_given_up(file: impl AsFd) -> rustix::io::Result<()> {
+    fchmod(file, GIVEN_UP)
+}
+
+/// Gives all space of an image of `size` bytes back, at once, while QEMU has it open and writes to it. Truncating drops what
+/// is on its way to the disk; punching holes would wait for it first. In parts, since QEMU's writes wait meanwhile. The size
+/// is the old one in the end: QEMU goes on within it.
+pub(crate) fn take_back(file: impl AsFd, size: u64) -> rustix::io::Result<()> {
+    let part = TAKE_BACK.max(size / 64);
+    let mut at = size;
+    while at > 0 {
+        at = at.saturating_sub(part);
+        ftruncate(&file, at)?;
+    }
+    ftruncate(&file, size)
+}
+
+/// Bytes that a file takes of its file system now.
+pub(crate) fn used(file: impl AsFd) -> Length {
+    // `st_blocks` counts 512 bytes whatever the file system's block is (POSIX leaves it open, Linux does not).
+    let blocks = fstat(file).map_or(0, |stat| stat.st_blocks);
+    Length::new(u64::try_from(blocks).unwrap_or(0).saturating_mul(512))
+}
 
 /// Tries on a new, empty file whether both ways in which QEMU keeps a cluster aside, by writing it and by allocating it
 /// without data, show at once in what the file system tells to be allocated. The file is empty again afterwards.
@@ -84,8 +123,13 @@ fn tells_what_is_allocated(file: &File, size: u64) -> io::Result<bool> {
 pub(crate) struct FleecingImage {
     file: File,
     directory: PathBuf,
+    /// What QEMU sees, and a little more.
+    size: u64,
     /// See [`Self::tells_what_is_kept`].
     tells: bool,
+    /// Whether another process may mark it as given up, which is seen without asking storage that may hang.
+    shared: bool,
+    given_up: AtomicBool,
 }
 
 impl FleecingImage {
@@ -127,7 +171,12 @@ impl FleecingImage {
         };
         let file = File::from(file);
         let tells = tells_what_is_allocated(&file, sectors).unwrap_or(false);
-        Ok(Self { file, directory: directory.to_owned(), tells })
+        let system = fstatfs(&file).ok().and_then(|system| u64::try_from(system.f_type).ok());
+        let shared = system.is_some_and(|system| IN_THE_KERNEL.contains(&system));
+        // A strange umask must not look like the mark.
+        let shared = shared && fstat(&file).is_ok_and(|stat| Mode::from_raw_mode(stat.st_mode) != GIVEN_UP);
+        let given_up = AtomicBool::new(false);
+        Ok(Self { file, directory: directory.to_owned(), size: sectors, tells, shared, given_up })
     }
 
     /// The descriptor to hand to QEMU.
@@ -137,9 +186,34 @@ impl FleecingImage {
 
     /// Bytes that it takes of the file system now.
     pub(crate) fn used(&self) -> Length {
-        // `st_blocks` counts 512 bytes whatever the file system's block is (POSIX leaves it open, Linux does not).
-        let blocks = fstat(&self.file).map_or(0, |stat| stat.st_blocks);
-        Length::new(u64::try_from(blocks).unwrap_or(0).saturating_mul(512))
+        used(&self.file)
+    }
+
+    /// Its size, and whether another process may take its space back.
+    pub(crate) fn size_and_shared(&self) -> (u64, bool) {
+        (self.size, self.shared)
+    }
+
+    /// Says that what it holds is going to be given up. To be done for all images of a run before [`Self::take_back`].
+    pub(crate) fn mark_given_up(&self) {
+        self.given_up.store(true, Ordering::SeqCst);
+    }
+
+    /// Gives its space back while QEMU writes to it; see [`take_back`].
+    pub(crate) fn take_back(&self) {
+        if let Err(error) = take_back(&self.file, self.size) {
+            tracing::debug!(%error, "a fleecing image was not taken back");
+        }
+    }
+
+    /// Whether all that was read through it *before* this was asked is what the disk held at the instant: giving up is marked
+    /// before anything is taken back, by this process and by any other.
+    pub(crate) fn is_whole(&self) -> bool {
+        if self.given_up.load(Ordering::SeqCst) {
+            return false;
+        }
+        let marked = |mode| Mode::from_raw_mode(mode) == GIVEN_UP;
+        !self.shared || fstat(&self.file).is_ok_and(|stat| !marked(stat.st_mode))
     }
 
     /// The first part of `range` that holds data; `None` if it holds none.

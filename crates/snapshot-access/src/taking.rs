@@ -18,6 +18,7 @@ use crate::{
     names::{self, Names},
     pause::{self, Instant},
     power,
+    reserve::{Reserve, Watcher},
     step::Step,
     steps::Steps,
     volume::{AccessVolume, Stop, reads_within},
@@ -54,6 +55,8 @@ pub(crate) struct Taking {
     joined: bool,
     /// No guest runs on these disks, so what is read is the disk itself.
     off: bool,
+    reserve: Reserve,
+    watcher: Option<Watcher>,
 }
 
 struct TakingDisk {
@@ -79,9 +82,19 @@ pub(crate) struct Opened {
 }
 
 impl Taking {
-    pub(crate) fn new(qmp: Qmp, steps: Steps, off: bool) -> Self {
-        let freeze = Freeze::without("the VM is off");
-        Self { qmp, steps, disks: Vec::new(), listener: None, freeze, held_power: false, joined: false, off }
+    pub(crate) fn new(qmp: Qmp, steps: Steps, off: bool, reserve: Reserve) -> Self {
+        Self {
+            qmp,
+            steps,
+            disks: Vec::new(),
+            listener: None,
+            freeze: Freeze::without("the VM is off"),
+            held_power: false,
+            joined: false,
+            off,
+            reserve,
+            watcher: None,
+        }
     }
 
     /// Everything up to the guest running again.
@@ -104,6 +117,8 @@ impl Taking {
             self.freeze_read_bitmaps(plan).await?;
             return Ok(Instant { time: std::time::SystemTime::now(), pause: Duration::ZERO });
         }
+        let images: Vec<_> = self.disks.iter().filter_map(|disk| disk.image.clone()).collect();
+        self.watcher = Watcher::start(&settings.watcher, &self.reserve, &images, self.qmp.peer_pid())?;
         for (disk, taking) in plan.iter().zip(&self.disks).filter(|(_, taking)| taking.is_written()) {
             self.steps.record(Step::Node { name: taking.names.filter.clone() })?;
             let filter = command::add_filter(
@@ -542,7 +557,7 @@ impl Taking {
     ) -> SnapshotAccess {
         let (stop, stopped) = watch::channel::<Option<Stop>>(None);
         let images = self.disks.iter().filter_map(|disk| disk.image.clone()).collect();
-        let watch = FleecingWatch::start(images, settings.fleecing_budget, stop.clone());
+        let watch = FleecingWatch::start(images, settings.fleecing_budget, self.reserve, stop.clone());
         let mut volumes = Vec::new();
         let mut modes = Vec::new();
         let mut chain = Vec::new();
@@ -583,6 +598,7 @@ impl Taking {
             tasks,
             listener: self.listener,
             watch,
+            watcher: self.watcher,
             stop,
             chain,
             held_power: self.held_power,
@@ -601,6 +617,9 @@ impl Taking {
         if failures.is_empty() {
             for image in &images {
                 image.empty();
+            }
+            if let Some(watcher) = self.watcher.take() {
+                watcher.end();
             }
         }
         self.steps.incomplete |= self.freeze.still_frozen.is_some();

@@ -5,6 +5,7 @@ use crate::{
     discard::DiscardPlanner,
     fleecing::FleecingImage,
     layers::Allocated,
+    reserve::SpaceState,
 };
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
@@ -39,8 +40,18 @@ pub(crate) fn reads_within(qemu: (u32, u32, u32), cluster: Granularity, unwritte
 #[derive(Debug, Clone)]
 pub(crate) enum Stop {
     Cancelled,
-    OverBudget { used: Length, budget: Length },
-    Migration { state: String },
+    OverBudget {
+        used: Length,
+        budget: Length,
+    },
+    /// Old data would have taken what the guest's own writes may need. `None` if only that is known.
+    LowSpace {
+        space: Option<SpaceState>,
+        used: Length,
+    },
+    Migration {
+        state: String,
+    },
 }
 
 /// One disk of a held instant. It reads through two connections, since QEMU answers a block status request for all of
@@ -250,6 +261,20 @@ impl AccessVolume {
                 ErrorKind::Source,
                 format!("somebody began to migrate this VM (status {state}), so the run made way"),
             ),
+            Stop::LowSpace { space: Some(SpaceState { directory, free, reserve }), used } => Error::new(
+                ErrorKind::Source,
+                format!(
+                    "the file system of {} came down to {free} bytes free; {reserve} are left to the guest's own writes, so the \
+                     old data of this run ({used} bytes) was given up; disk {} could need up to {} bytes",
+                    directory.display(),
+                    self.name,
+                    self.size
+                ),
+            ),
+            Stop::LowSpace { space: None, .. } => Error::new(
+                ErrorKind::Source,
+                format!("the host ran low on space, and the old data of disk {} was given up", self.name),
+            ),
             Stop::OverBudget { used, budget } => Error::new(
                 ErrorKind::Source,
                 format!(
@@ -258,6 +283,34 @@ impl AccessVolume {
                 ),
             ),
         }
+    }
+
+    /// What was read before this is called is right only if the old data was all there until now.
+    fn still_held<T>(&self, done: Result<T>) -> Result<T> {
+        let whole = self.fleecing.as_ref().is_none_or(|fleecing| fleecing.is_whole());
+        if whole {
+            return done;
+        }
+        let reason = self.stop.borrow().clone();
+        Err(self.stopped(&reason.unwrap_or(Stop::LowSpace { space: None, used: Length::ZERO })))
+    }
+
+    async fn regions_of(&self, from: Offset) -> Result<Vec<Extent>> {
+        let mut regions = Vec::new();
+        if from.get() >= self.size.get() {
+            return Ok(regions);
+        }
+        for part in self.dirty_map(from).await? {
+            match part.kind {
+                ExtentKind::Data => self.allocation(part.range, &mut regions).await?,
+                ExtentKind::Clean | ExtentKind::Zero => regions.push(part),
+            }
+            // A batch ends where it is long enough; the caller goes on from there.
+            if regions.len() >= 1024 {
+                break;
+            }
+        }
+        Ok(regions)
     }
 
     fn unreadable(&self, doing: &str, range: Option<Range>) -> Error {
@@ -335,28 +388,16 @@ impl VolumeSource for AccessVolume {
     }
 
     async fn regions(&self, from: Offset) -> Result<Vec<Extent>> {
-        let mut regions = Vec::new();
-        if from.get() >= self.size.get() {
-            return Ok(regions);
-        }
-        for part in self.dirty_map(from).await? {
-            match part.kind {
-                ExtentKind::Data => self.allocation(part.range, &mut regions).await?,
-                ExtentKind::Clean | ExtentKind::Zero => regions.push(part),
-            }
-            // A batch ends where it is long enough; the caller goes on from there.
-            if regions.len() >= 1024 {
-                break;
-            }
-        }
-        Ok(regions)
+        let regions = self.regions_of(from).await;
+        self.still_held(regions)
     }
 
     async fn read(&self, range: Range) -> Result<Bytes> {
         let data = match &self.image {
-            Some(image) => self.read_image(image, range).await?,
-            None => self.read_export(range).await?,
+            Some(image) => self.read_image(image, range).await,
+            None => self.read_export(range).await,
         };
+        let data = self.still_held(data)?;
         self.read.fetch_add(range.length().get(), Ordering::Relaxed);
         Ok(data)
     }

@@ -4,6 +4,7 @@ use crate::{
     command,
     fleecing::FleecingImage,
     inspect::{ask, migration_under_way},
+    reserve::Reserve,
     volume::Stop,
 };
 use serde_json::Value;
@@ -18,7 +19,8 @@ use stillpoint_model::Length;
 use stillpoint_qmp::Qmp;
 use tokio::{sync::watch, task::JoinHandle};
 
-/// Nothing tells when a file grows, so it is looked at this often; a fast guest writes some 50 MiB in between.
+/// Nothing tells when a file grows, so it is looked at this often; a fast guest writes some 50 MiB in between. What must not be
+/// missed is watched by a process of its own: see the `reserve` module.
 const INTERVAL: Duration = Duration::from_millis(50);
 /// A migration tells of itself only to a client that switched that on, which is the migrating client's business.
 const MIGRATION_INTERVAL: Duration = Duration::from_secs(1);
@@ -40,11 +42,12 @@ impl FleecingWatch {
     pub(crate) fn start(
         images: Vec<Arc<FleecingImage>>,
         budget: Option<Length>,
+        reserve: Reserve,
         stop: watch::Sender<Option<Stop>>,
     ) -> Self {
         let (images, used) = (Arc::new(images), Arc::new(Used::default()));
         let (watched, counts) = (Arc::downgrade(&images), Arc::clone(&used));
-        std::thread::spawn(move || watch_images(&watched, &counts, budget, &stop));
+        std::thread::spawn(move || watch_images(&watched, &counts, budget, &reserve, &stop));
         Self { images, used }
     }
 
@@ -84,16 +87,46 @@ fn watch_images(
     images: &Weak<Vec<Arc<FleecingImage>>>,
     counts: &Used,
     budget: Option<Length>,
+    reserve: &Reserve,
     stop: &watch::Sender<Option<Stop>>,
 ) {
+    let mut given_up = false;
     while let Some(images) = images.upgrade() {
-        let used = counts.count(&images);
-        drop(images);
-        if let Some(budget) = budget.filter(|budget| used > *budget) {
-            end(stop, Stop::OverBudget { used, budget });
+        if given_up {
+            // The filters are there until the run takes them out, and copy on.
+            images.iter().for_each(|image| image.take_back());
+        } else {
+            let used = counts.count(&images);
+            let reason = why_to_give_up(&images, used, counts, budget, reserve);
+            if let Some(reason) = reason {
+                given_up = true;
+                images.iter().for_each(|image| image.mark_given_up());
+                end(stop, reason);
+                continue;
+            }
         }
+        drop(images);
         std::thread::sleep(INTERVAL);
     }
+}
+
+fn why_to_give_up(
+    images: &[Arc<FleecingImage>],
+    used: Length,
+    counts: &Used,
+    budget: Option<Length>,
+    reserve: &Reserve,
+) -> Option<Stop> {
+    // The watcher looks more often, and was first as a rule: by now there may be space again.
+    if images.iter().any(|image| !image.is_whole()) {
+        let used = Length::new(counts.peak.load(Ordering::Relaxed));
+        return Some(Stop::LowSpace { space: reserve.tightest(), used });
+    }
+    if let Some(low) = reserve.low() {
+        return Some(Stop::LowSpace { space: Some(low), used });
+    }
+    let budget = budget.filter(|budget| used > *budget)?;
+    Some(Stop::OverBudget { used, budget })
 }
 
 /// Ends all reading for this reason, unless there is one already.

@@ -200,6 +200,8 @@ impl Run<'_> {
             point: point.clone(),
             fleecing_directory: self.job.vm.fleecing.directory.clone(),
             fleecing_budget: self.job.vm.fleecing.budget,
+            fleecing_reserve: self.job.vm.fleecing.reserve,
+            watcher: vec!["/proc/self/exe".into(), crate::WATCHER.into()],
             fleecing_discard: self.job.vm.fleecing.discard,
             runtime_directory: runtime::directory(),
             cbw_timeout_seconds: self.job.vm.fleecing.timeout,
@@ -362,7 +364,15 @@ impl Run<'_> {
             Ok(_) => Err(Failure::new(Exit::Failed, "the provider did not report on every disk")
                 .guest(Guest::Unharmed)),
             Err(_) if interrupt.is_set() => Err(interrupted(Guest::Unharmed)),
-            Err(error) => Err(provider_failure(&error, Guest::Unharmed)),
+            Err(error) => {
+                let failure = provider_failure(&error, Guest::Unharmed);
+                if access.space_given_up().is_none() {
+                    return Err(failure);
+                }
+                let disks: Vec<_> = access.disks().iter().map(|disk| disk.name.to_string()).collect();
+                let what = format!("{} (old data of {} was kept there)", failure.what(), disks.join(", "));
+                Err(Failure::new(failure.exit, what).guest(Guest::Unharmed).next(self.more_space()))
+            }
         }
     }
 
@@ -483,6 +493,9 @@ impl Run<'_> {
         match error.kind() {
             AccessErrorKind::Cancelled => interrupted(Guest::Unharmed),
             AccessErrorKind::Ended => Failure::because(Exit::Failed, what, error).guest(Guest::Ended),
+            AccessErrorKind::NoSpace => {
+                Failure::because(Exit::Failed, what, error).guest(Guest::Untouched).next(self.more_space())
+            }
             AccessErrorKind::Refused => Failure::because(Exit::Failed, what, error).guest(Guest::Untouched),
             AccessErrorKind::Changed => {
                 let mut failure = Failure::because(Exit::Failed, what, error).guest(Guest::Unharmed);
@@ -491,6 +504,15 @@ impl Run<'_> {
             }
             _ => Failure::because(Exit::Failed, what, error).guest(Guest::Unharmed),
         }
+    }
+
+    /// What to do when the host has too little space for old data.
+    fn more_space(&self) -> String {
+        format!(
+            "make room there; or keep old data on a file system without images of VMs, under [vm.{}]: fleecing = {{ directory = \
+             \"/PATH\" }}; `reserve = \"SIZE\"` there says how much is left alone",
+            self.name
+        )
     }
 
     /// The failure itself, unless cleaning up after it failed too; with the guest's fate, if that powered itself off.

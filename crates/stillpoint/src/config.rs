@@ -133,6 +133,10 @@ pub(crate) struct Fleecing {
     /// Most bytes that they may take together, such as `"20GiB"`.
     #[serde(default, deserialize_with = "size")]
     pub budget: Option<Length>,
+    /// Bytes that they leave free on their file system, such as `"2GiB"`, so that the guest's own writes find room; unless set,
+    /// an eighth of it, 2 GiB at the most.
+    #[serde(default, deserialize_with = "size")]
+    pub reserve: Option<Length>,
     /// Seconds that a guest's write waits at the most for its old data to be kept aside; then the backup fails, not the
     /// write.
     #[serde(default = "fleecing_timeout", deserialize_with = "timeout")]
@@ -144,7 +148,13 @@ pub(crate) struct Fleecing {
 
 impl Default for Fleecing {
     fn default() -> Self {
-        Self { directory: fleecing_directory(), budget: None, timeout: FLEECING_TIMEOUT, discard: true }
+        Self {
+            directory: fleecing_directory(),
+            budget: None,
+            reserve: None,
+            timeout: FLEECING_TIMEOUT,
+            discard: true,
+        }
     }
 }
 

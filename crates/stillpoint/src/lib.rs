@@ -32,10 +32,13 @@ mod vm;
 pub use cli::Cli;
 pub use commands::run;
 pub use failure::{Exit, Failure};
-pub use stillpoint_snapshot_access::{run_guard, run_with_parent};
+pub use stillpoint_snapshot_access::{run_guard, run_watcher, run_with_parent};
 
 /// The first argument of the process that guards a guest: see [`run_guard`].
 pub const GUARD: &str = "--guard-the-guest";
+
+/// The first argument of the process that watches over the host's space: see [`run_watcher`].
+pub const WATCHER: &str = "--watch-the-space";
 
 /// The first argument of a program of ours that is to end with us: see [`run_with_parent`].
 pub const WITH_PARENT: &str = "--end-with-parent";

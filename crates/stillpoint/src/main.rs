@@ -17,6 +17,15 @@ fn main() -> ExitCode {
             }
         };
     }
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == stillpoint::WATCHER) {
+        return match stillpoint::run_watcher() {
+            Some(()) => Exit::Done.into(),
+            None => {
+                eprintln!("error: {} is for Stillpoint itself to start", stillpoint::WATCHER);
+                Exit::Usage.into()
+            }
+        };
+    }
     if std::env::args_os().nth(1).is_some_and(|argument| argument == stillpoint::WITH_PARENT) {
         let arguments: Vec<_> = std::env::args_os().skip(2).collect();
         match stillpoint::run_with_parent(&arguments) {

@@ -129,7 +129,7 @@ fn the_fleecing_storage_is_full() {
     let Some(full) = Mounted::tmpfs(&guest.work().join("fleecing"), "16m") else { return };
     let mut cuts = Cuts::start(&mut guest, DISKS.to_vec(), 51);
     let first = cuts.cut(&[]);
-    let outcome = overflow(&mut cuts, &format!("directory = {:?}", full.path));
+    let outcome = overflow(&mut cuts, &format!("directory = {:?}, reserve = \"0\"", full.path));
     failed_clean(
         &mut cuts,
         &outcome,

@@ -35,18 +35,26 @@ pub struct GuestBuilder {
     disks: Vec<DiskSpec>,
     extra: Vec<String>,
     agent: bool,
+    images: Option<PathBuf>,
 }
 
 impl GuestBuilder {
     /// A guest without disks.
     pub fn new(qemu: Qemu) -> Self {
-        Self { qemu, disks: Vec::new(), extra: Vec::new(), agent: false }
+        Self { qemu, disks: Vec::new(), extra: Vec::new(), agent: false, images: None }
     }
 
     /// With one more disk.
     #[must_use]
     pub fn disk(mut self, disk: DiskSpec) -> Self {
         self.disks.push(disk);
+        self
+    }
+
+    /// With its images in a directory of the test's, instead of one that goes away with the guest.
+    #[must_use]
+    pub fn images_in(mut self, directory: &Path) -> Self {
+        self.images = Some(directory.to_owned());
         self
     }
 
@@ -109,7 +117,8 @@ impl GuestBuilder {
             command.args(["-chardev", &format!("socket,id=agent,path={},server=on,wait=off", path("agent"))]);
             command.args(["-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"]);
         }
-        let images = self.disks.iter().map(|disk| add_disk(&mut command, disk, work.path()));
+        let directory = self.images.as_deref().unwrap_or(work.path());
+        let images = self.disks.iter().map(|disk| add_disk(&mut command, disk, directory));
         let images = images.collect::<Result<_>>()?;
         command.args(&self.extra);
         let line = [command.get_program()].into_iter().chain(command.get_args()).map(Into::into).collect();

@@ -224,3 +224,20 @@ async fn what_was_read_is_given_back_unless_it_is_to_be_kept() {
     assert_eq!(*scene.trimmed.lock().unwrap(), []);
     assert_eq!(scene.volume.passed.load(Ordering::SeqCst), 2 * SIZE);
 }
+
+#[tokio::test]
+async fn nothing_is_read_of_old_data_that_was_given_up() {
+    let Some(scene) = scene().await else { return };
+    let whole = Range::whole(Length::new(SIZE)).unwrap();
+    assert!(scene.volume.read(whole).await.is_ok());
+    // As the watcher's process does it, on its own descriptor.
+    let theirs = scene.fleecing.descriptor().try_clone_to_owned().unwrap();
+    pwrite(&theirs, &[1], 0).unwrap();
+    crate::fleecing::mark_given_up(&theirs).unwrap();
+    crate::fleecing::take_back(&theirs, SIZE).unwrap();
+    assert_eq!(scene.fleecing.used(), Length::ZERO);
+    assert_eq!(rustix::fs::fstat(&theirs).unwrap().st_size, i64::try_from(SIZE).unwrap());
+    let error = scene.volume.read(whole).await.unwrap_err();
+    assert!(error.to_string().contains("was given up"), "{error}");
+    assert!(scene.volume.regions(Offset::ZERO).await.is_err());
+}
