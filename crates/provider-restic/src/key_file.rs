@@ -49,7 +49,8 @@ pub(crate) struct Opened {
 /// [`ErrorKind::Unauthorized`] if there is none. One that cannot be tried is passed over, and told if no other opens.
 pub(crate) fn find(store: &dyn Store, password: &Password) -> Result<Opened> {
     let place = store.location();
-    let files = store.list(Folder::Keys).map_err(|error| stored("cannot list the keys", error))?;
+    let files = store.list(Folder::Keys);
+    let files = files.map_err(|error| stored(format!("cannot open repository {place}"), error))?;
     if files.is_empty() {
         return Err(damaged(format!("repository {place} has no key")));
     }

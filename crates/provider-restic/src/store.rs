@@ -90,6 +90,17 @@ impl Folder {
         }
     }
 
+    /// Most bytes of a file of this kind that are read at once: far more than restic or anybody else writes, and less than
+    /// would end a host.
+    pub(crate) fn most(self) -> u64 {
+        match self {
+            Self::Config | Self::Keys | Self::Locks => 1 << 20,
+            Self::Snapshots | Self::Index => 256 << 20,
+            // A pack's size is a number of 32 bits.
+            Self::Data => u32::MAX.into(),
+        }
+    }
+
     /// The path of the file `name` below the repository, with slashes.
     pub(crate) fn path(self, name: &str) -> String {
         match self {

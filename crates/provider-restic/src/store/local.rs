@@ -183,6 +183,20 @@ fn is_there(path: &Path, content: &[Bytes]) -> bool {
     fs::metadata(path).is_ok_and(|metadata| metadata.len() == length as u64)
 }
 
+/// Opens a file of the repository. Whoever can write there could have put a FIFO in its place, which would hang whoever
+/// opens it, or a link to a file that is no business of theirs.
+fn open_file(path: &Path) -> io::Result<File> {
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let flags = i32::try_from(flags.bits()).map_err(io::Error::other)?;
+    let file = fs::OpenOptions::new().read(true).custom_flags(flags).open(path);
+    let not_a_file = || io::Error::new(io::ErrorKind::InvalidData, "it is no regular file");
+    let file = file.map_err(|error| match error.raw_os_error() {
+        Some(errno) if errno == rustix::io::Errno::LOOP.raw_os_error() => not_a_file(),
+        _ => error,
+    })?;
+    if file.metadata()?.is_file() { Ok(file) } else { Err(not_a_file()) }
+}
+
 /// What stands where a repository should be.
 fn absent(path: &Path) -> Error {
     let shown = path.display();
@@ -265,8 +279,16 @@ impl Store for LocalStore {
     fn read_into(&self, folder: Folder, name: &str, content: &mut Vec<u8>) -> io::Result<()> {
         let path = self.file(folder, name);
         content.clear();
-        let read = File::open(&path).and_then(|mut file| file.read_to_end(content));
-        read.map(drop).map_err(|error: io::Error| match error.kind() {
+        let most = folder.most();
+        let read = open_file(&path).and_then(|file| {
+            let read = file.take(most.saturating_add(1)).read_to_end(content)?;
+            if read as u64 <= most {
+                return Ok(());
+            }
+            *content = Vec::new();
+            Err(io::Error::new(io::ErrorKind::InvalidData, format!("it is larger than {most} bytes")))
+        });
+        read.map_err(|error: io::Error| match error.kind() {
             io::ErrorKind::NotFound => not_found(&path.display().to_string()),
             _ => unreadable(&path, error),
         })
@@ -275,7 +297,7 @@ impl Store for LocalStore {
     fn read_part(&self, folder: Folder, name: &str, offset: u64, length: u64) -> io::Result<BytesMut> {
         let path = self.file(folder, name);
         let read = || {
-            let file = File::open(&path)?;
+            let file = open_file(&path)?;
             let length = usize::try_from(length).map_err(|_| io::ErrorKind::InvalidInput)?;
             let mut content = buffer::initialized(length);
             file.read_exact_at(&mut content, offset)?;
@@ -386,6 +408,36 @@ mod test {
         assert_eq!(whole.len(), 2 * ALIGNMENT);
         assert!(whole[ALIGNMENT] == b'x' && whole[ALIGNMENT + 1..].iter().all(|byte| *byte == 0));
         assert_eq!(whole_blocks(&mut piece, ALIGNMENT).len(), ALIGNMENT);
+    }
+
+    #[test]
+    fn what_is_no_file_or_too_large_is_an_error_and_neither_hangs_nor_fills_the_memory() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = LocalStore::new(directory.path().join("repository"));
+        store.create().unwrap();
+        let name = crate::blob::Id::of(b"x").to_string();
+        for folder in [Folder::Keys, Folder::Locks, Folder::Snapshots, Folder::Index] {
+            let path = store.file(folder, &name);
+            let fails = || {
+                let (whole, part) = (store.read(folder, &name), store.read_part(folder, &name, 0, 1));
+                for error in [whole.err(), part.err()].into_iter().flatten() {
+                    assert_eq!(crate::error::stored("read", error).kind(), ErrorKind::Damaged);
+                }
+            };
+            let made = std::process::Command::new("mkfifo").arg(&path).status().unwrap();
+            assert!(made.success());
+            fails();
+            fs::remove_file(&path).unwrap();
+            std::os::unix::fs::symlink("/etc/hostname", &path).unwrap();
+            fails();
+            fs::remove_file(&path).unwrap();
+            let file = File::create(&path).unwrap();
+            file.set_len(64 << 30).unwrap();
+            assert_eq!(store.read(folder, &name).unwrap_err().kind(), io::ErrorKind::InvalidData);
+            file.set_len(3).unwrap();
+            assert_eq!(store.read(folder, &name).unwrap().len(), 3);
+            fs::remove_file(&path).unwrap();
+        }
     }
 
     #[test]

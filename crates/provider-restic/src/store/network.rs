@@ -34,6 +34,12 @@ pub(super) fn unanswered(host: &str, error: &(dyn Error + 'static)) -> Fault {
     let says = |words: &[&str]| words.iter().any(|word| text.contains(word));
     // The cause of causes tells; what stands before it is the way there.
     let last = text.rsplit(": ").next().unwrap_or(&text);
+    if says(&["CaUsedAsEndEntity"]) {
+        let what = format!("the certificate of {host} is that of an authority, which none may serve with");
+        return Fault::new(ErrorKind::TargetForeign, what).next(format!(
+            "give {host} a certificate that is not marked as an authority's (CA:FALSE), and add it to this host's (update-ca-certificates)"
+        ));
+    }
     if says(&["certificate"]) {
         let why = text.split_once("certificate: ").map_or(last, |(_, why)| why);
         let what = format!("the certificate of {host} is not trusted here: {why}");

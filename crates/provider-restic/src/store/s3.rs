@@ -86,7 +86,7 @@ pub(super) fn fault(host: &str, bucket: &str, error: &opendal::Error, act: Act) 
             Fault::new(ErrorKind::TargetMissing, format!("there is no bucket {bucket:?} at {host}"))
                 .next("correct the bucket's name in `repository`, or make the bucket; stillpoint makes none")
         }
-        "InvalidAccessKeyId" | "InvalidClientTokenId" => told(
+        "InvalidAccessKeyId" | "InvalidClientTokenId" | "NotSignedUp" => told(
             ErrorKind::Unauthorized,
             "check AWS_ACCESS_KEY_ID (or ~/.aws/credentials): the store does not know this access key",
         ),

@@ -17,11 +17,11 @@ fn server(answer: &str) -> SocketAddr {
         let mut open = Vec::new();
         for stream in listener.incoming() {
             let mut stream = stream.unwrap();
-            if !answer.is_empty() {
+            if answer.is_empty() {
+                open.push(stream);
+            } else {
                 let _ = stream.read(&mut [0; 64 << 10]);
                 let _ = stream.write_all(answer.as_bytes());
-            } else {
-                open.push(stream);
             }
         }
     });
@@ -58,7 +58,7 @@ fn an_object_store_that_says_no_is_told_with_what_to_check() {
     let none = s3(&format!("{}/no-such-bucket/path", store.url()));
     none.says(1, "there is no bucket \"no-such-bucket\"", "correct the bucket's name");
     none.says_to(&["target", "init", "main"], 1, "there is no bucket", "stillpoint makes none");
-    s3(&bucket).env("AWS_ACCESS_KEY_ID", "other").says(1, "InvalidAccessKeyId", "check AWS_ACCESS_KEY_ID");
+    s3(&bucket).env("AWS_ACCESS_KEY_ID", "other").says(1, "NotSignedUp", "check AWS_ACCESS_KEY_ID");
     s3(&bucket).env("AWS_SECRET_ACCESS_KEY", "other").says(
         1,
         "SignatureDoesNotMatch",
@@ -72,6 +72,7 @@ fn an_object_store_that_says_no_is_told_with_what_to_check() {
     s3(&format!("http://{}/bucket", nobody())).says(1, NOBODY, "check that the server runs");
     s3("https://no-such-host.invalid/bucket").says(1, NO_NAME, "DNS");
     for (status, code, wrong, next) in [
+        ("403 Forbidden", "InvalidAccessKeyId", "InvalidAccessKeyId", "check AWS_ACCESS_KEY_ID"),
         ("403 Forbidden", "RequestTimeTooSkewed", "RequestTimeTooSkewed", "set the clock of this host"),
         ("400 Bad Request", "ExpiredToken", "ExpiredToken", "get a new session token"),
         ("400 Bad Request", "AuthorizationHeaderMalformed", "AuthorizationHeaderMalformed", "set AWS_REGION"),
@@ -196,20 +197,20 @@ fn a_rest_server_that_says_no_is_told_with_what_to_check() {
     rest("https://no-such-host.invalid/vm").says(1, NO_NAME, "DNS");
     rest("https://me:canary-x@host/vm").says(2, "has credentials in it", "write it as rest:");
 
-    let certificate = Command::new("openssl")
-        .args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"])
-        .args(["-keyout", &path("key"), "-out", &path("certificate")])
-        .output()
-        .unwrap();
-    assert!(certificate.status.success(), "{certificate:?}");
-    let tls = ["--cert", &path("certificate"), "--key", &path("key")];
-    let secure = Rest::start(&work.path().join("files"), &tls);
-    rest(&format!("https://{}/vm", secure.address)).says(
-        1,
-        "certificate of 127.0.0.1",
-        "update-ca-certificates",
-    );
-    rest(&format!("http://{}/vm", secure.address)).says(2, "400", "write https://");
+    for (authority, wrong) in [("TRUE", "is that of an authority"), ("FALSE", "is not trusted here")] {
+        let certificate = Command::new("openssl")
+            .args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"])
+            .args(["-addext", "subjectAltName=IP:127.0.0.1"])
+            .args(["-addext", &format!("basicConstraints=critical,CA:{authority}")])
+            .args(["-keyout", &path("key"), "-out", &path("certificate")])
+            .output()
+            .unwrap();
+        assert!(certificate.status.success(), "{certificate:?}");
+        let tls = ["--cert", &path("certificate"), "--key", &path("key")];
+        let secure = Rest::start(&work.path().join("files"), &tls);
+        rest(&format!("https://{}/vm", secure.address)).says(1, wrong, "update-ca-certificates");
+        rest(&format!("http://{}/vm", secure.address)).says(2, "400", "write https://");
+    }
 
     for (status, wrong, next) in [
         ("403 Forbidden", "403", "check the path in `repository`"),
