@@ -143,7 +143,7 @@ impl Scene {
         let graph = self.guest.block_graph().unwrap();
         assert!(graph.nodes.iter().all(|node| !node.starts_with("stillpoint")), "{graph:?}");
         assert!(graph.bitmaps.is_empty() && graph.fd_sets == 0, "{graph:?}");
-        assert!(watchers(&self.config).is_empty());
+        assert_eq!(watchers(&self.system), [0u32; 0]);
         // By now there is too little from the start, and the VM is left alone.
         let refused = self.tool.run(self.arguments()).unwrap();
         assert!(refused.status == 1 && refused.stderr.contains("was not touched"), "{}", refused.stderr);
@@ -155,13 +155,17 @@ impl Scene {
     }
 }
 
-/// Watchers whose run is dead or of this scene.
-fn watchers(_config: &Path) -> Vec<u32> {
+/// Processes that watch over a file system here.
+fn watchers(system: &SmallFileSystem) -> Vec<u32> {
     let processes = fs::read_dir("/proc").unwrap();
     let pids = processes.filter_map(|entry| entry.ok()?.file_name().into_string().ok()?.parse::<u32>().ok());
     let watches = |pid: &u32| {
-        let read = |what: &str| fs::read_to_string(format!("/proc/{pid}/{what}")).unwrap_or_default();
-        read("cmdline").contains("--watch-the-space") && read("status").lines().any(|line| line == "PPid:\t1")
+        let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let open = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        line.contains("--watch-the-space")
+            && open
+                .filter_map(|entry| fs::read_link(entry.path()).ok())
+                .any(|path| path.starts_with(system.work.path()))
     };
     pids.filter(watches).collect()
 }
@@ -189,6 +193,28 @@ fn one_growing_disk_beside_old_data_under_another_mount() {
     let outcome = held.go_on();
     let fleecing = scene.system.elsewhere();
     scene.gave_up(&outcome, &fleecing);
+}
+
+#[test]
+fn a_growing_disk_beside_old_data_of_a_run_that_died() {
+    let Some(mut scene) = Scene::new(1, here, "") else { return };
+    let before = scene.guest.block_graph().unwrap();
+    let held = Held::at(&scene.tool, "taken#1", scene.arguments());
+    held.signal("KILL");
+    assert_eq!(held.end().status, -1);
+    assert_eq!(watchers(&scene.system).len(), 1);
+    assert_eq!(scene.grow(), "running");
+    let qmp = scene.guest.qmp();
+    let recovered = scene.tool.run(["recover", "--qmp", qmp.to_str().unwrap()]).unwrap();
+    assert_eq!(recovered.status, 0, "{recovered:?}");
+    assert_eq!(scene.guest.block_graph().unwrap().without_bitmaps(), before);
+    let counts = scene.guest.counts().unwrap();
+    assert!(counts.errors == 0 && counts.longest < Duration::from_secs(10), "{counts:?}");
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !watchers(&scene.system).is_empty() {
+        assert!(Instant::now() < deadline, "the watcher stays");
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 #[test]
