@@ -65,10 +65,12 @@ fn a_disk_has_an_iothread_that_this_qemu_would_abort_on() {
 #[test]
 fn what_is_excluded_is_not_there() {
     let place = Place::new();
-    let _vm = place.machine(&[], &[]);
+    place.image("vda.img", MIB);
+    let _vm = place.machine(&["vda.img"], &[]);
     place.configure("[vm.box]\nqmp = \"@/qmp\"\nexclude = [\"vdz\"]\n");
-    let outcome = place.configured(&["backup", "box", "--to", "@target"]);
-    backup_failed(&outcome, 2, &["no disk vdz to exclude", UNTOUCHED]);
+    let outcome = place.configured(&["backup", "box", "--to", "@target", "--exclude", "vdy"]);
+    says(&outcome, 0, &["warning: disk vdy is to be excluded", "warning: disk vdz is to be excluded", "vda"]);
+    says(&place.configured(&["doctor", "box"]), 0, &["disk vdz is to be excluded", "everything is in place"]);
 }
 
 #[test]
@@ -104,7 +106,8 @@ fn a_vm_without_disks_has_a_configuration() {
         "[vm.box]\nqmp = \"@/qmp\"\nconfig = [\"@/box.conf\"]\nfirewall = \"@/box.fw\"\n[target.main]\nprovider = \"directory\"\ndirectory = \"@/target\"\n",
     );
     let summary = place.configured(&["backup", "box", "--json"]).json().unwrap();
-    assert_eq!(summary["disks"], json!([]), "{summary}");
+    assert_eq!((&summary["disks"], &summary["skipped"]), (&json!([]), &json!([])), "{summary}");
+    assert!(summary["warnings"][0].as_str().unwrap().contains("the VM has no disk"), "{summary}");
     says(&place.configured(&["points"]), 0, &[summary["point"].as_str().unwrap(), "configuration"]);
     says(&place.configured(&["restore", "box/latest", "--output", "@out"]), 0, &["restored box/"]);
     assert_eq!(fs::read(place.path("out/config/box.conf")).unwrap(), content);
@@ -130,9 +133,10 @@ fn the_nbd_server_is_somebody_elses() {
     let address = json!({"type": "unix", "data": {"path": place.text("nbd")}});
     vm.own.execute("nbd-server-start", json!({"addr": address})).unwrap();
     let before = vm.graph();
-    backup_failed(&place.backup(), 1, &["NBD server", "guest:"]);
+    backup_failed(&place.backup(), 1, &["NBD server", UNTOUCHED]);
+    says(&place.run(&["doctor", "--qmp", "@qmp"]), 1, &["WRONG", "NBD server"]);
     assert_eq!(vm.graph(), before);
-    place.lists_nothing("@target");
+    assert!(!place.path("target").exists());
     says(&place.run(&["recover", "--qmp", "@qmp"]), 0, &["nothing to undo"]);
     // Theirs still serves: neither the failed run nor the recovery stopped it.
     let mut client = UnixStream::connect(place.path("nbd")).unwrap();
@@ -198,6 +202,7 @@ fn another_run_holds_the_lock() {
     let process = format!("process {}", first.0.id());
     backup_failed(&place.backup(), 4, &["locked", &process, UNTOUCHED]);
     says(&place.run(&["recover", "--qmp", "@qmp"]), 4, &["locked", &process]);
+    says(&place.run(&["doctor", "--qmp", "@qmp"]), 4, &["busy", "a run is under way", &process]);
     assert!(first.0.try_wait().unwrap().is_none(), "the first run ended before the others were told of it");
     first.0.kill().unwrap();
     first.0.wait().unwrap();

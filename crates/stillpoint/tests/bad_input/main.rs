@@ -8,6 +8,7 @@
     reason = "tests: a panic is a failed test"
 )]
 
+mod front_end;
 mod machine;
 mod monitor;
 mod names;
