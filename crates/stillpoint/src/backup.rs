@@ -507,7 +507,9 @@ pub(crate) fn provider_failure(error: &stillpoint_provider::Error, guest: Guest)
         ProviderErrorKind::TargetForeign => {
             failure.next("name the right target; nothing in this place was changed")
         }
-        ProviderErrorKind::Unauthorized => failure.next("check the password or the credentials of the target"),
+        ProviderErrorKind::Unauthorized => {
+            failure.next("check the password or the credentials of the target")
+        }
         ProviderErrorKind::Unreachable => {
             failure.next("check the host's name and port, and that it runs and is reached from here")
         }
