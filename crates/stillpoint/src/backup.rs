@@ -5,6 +5,7 @@ use crate::{
     config_files::ConfigFiles,
     failure::{Exit, Failure, Guest},
     interrupt::Interrupt,
+    places::Places,
     progress::BackupProgress,
     reach::ReachedVm,
     runtime,
@@ -17,6 +18,7 @@ use stillpoint_provider::{
     Backup, BitmapMode, ConfigFile, Consistency, DiskOffer, DiskRecord, ErrorKind as ProviderErrorKind,
     Incremental, OfferedBitmap, PointRecord, Provider, VolumeReport,
 };
+use stillpoint_provider_directory::DirectoryProvider;
 use stillpoint_snapshot_access::{
     Chain, Disk, DiskPlan, ErrorKind as AccessErrorKind, Machine, ReadMode, Settings, SnapshotAccess,
 };
@@ -29,6 +31,10 @@ pub(crate) struct Job<'a> {
     pub vm: &'a Vm,
     /// Where the point is kept.
     pub provider: &'a dyn Provider,
+    /// The same, if it is a directory.
+    pub directory: Option<&'a DirectoryProvider>,
+    /// Where it is remembered that the target was seen there.
+    pub places: Option<Places>,
     /// Whether bitmaps are to be ignored.
     pub full: bool,
     /// Whether a person watches.
@@ -54,11 +60,17 @@ impl Job<'_> {
         let config = ConfigFiles::read(self.vm)?;
         let target = self.provider.job_init().await;
         let target = target.map_err(|error| provider_failure(&error, Guest::Untouched))?;
+        let seen = |places| crate::target::seen(places, self.provider, self.directory, &target, &disks);
+        let notes = self.places.as_ref().map(seen).unwrap_or_default();
         let run = Run { job: self, name, vm, target };
         let result = match run.refuse_foreign(&disks) {
             Ok(()) => run.backup(disks, config, interrupt).await,
             Err(failure) => Err(failure),
         };
+        let result = result.map(|mut summary| {
+            summary.warnings.splice(0..0, notes);
+            summary
+        });
         if let Err(error) = self.provider.job_cleanup().await {
             tracing::warn!(error = crate::failure::chain(&error), "the provider's clean-up failed");
         }
@@ -493,6 +505,7 @@ pub(crate) fn provider_failure(error: &stillpoint_provider::Error, guest: Guest)
     let exit = match error.kind() {
         ProviderErrorKind::Locked => Exit::Locked,
         ProviderErrorKind::Cancelled => Exit::Interrupted,
+        ProviderErrorKind::Unsupported => Exit::Usage,
         _ => Exit::Failed,
     };
     let failure = Failure::new(exit, crate::failure::chain(error));
@@ -501,15 +514,13 @@ pub(crate) fn provider_failure(error: &stillpoint_provider::Error, guest: Guest)
         guest => failure.guest(guest),
     };
     match error.kind() {
-        ProviderErrorKind::TargetMissing => {
-            failure.next("check the path, or mount the target, then try again")
-        }
+        ProviderErrorKind::TargetMissing => failure
+            .next("mount the target, or correct its path; to make a new one there: stillpoint target init"),
         ProviderErrorKind::TargetForeign => {
             failure.next("name the right target; nothing in this place was changed")
         }
-        ProviderErrorKind::Unauthorized => {
-            failure.next("check the password or the credentials of the target")
-        }
+        ProviderErrorKind::Unauthorized => failure
+            .next("check the password or the credentials of the target, and that this user may read it"),
         ProviderErrorKind::Unreachable => {
             failure.next("check the host's name and port, and that it runs and is reached from here")
         }

@@ -1,5 +1,7 @@
 //! Is everything in place? Touches nothing; each finding comes with what to type next.
 
+mod target;
+
 use crate::{
     cli,
     config::{Config, Vm},
@@ -59,10 +61,13 @@ pub(crate) async fn run(path: &Path, arguments: &cli::Doctor) -> Result<Exit, Fa
     }
     for (name, vm) in &vms {
         print(format!("VM {name}"));
-        look_at_vm(name, vm, &mut report).await;
+        // One that is named by its socket has no section in the configuration file.
+        let section =
+            if arguments.qmp.is_some() { "a [vm.NAME] of its own" } else { &format!("[vm.{name}]") };
+        look_at_vm(section, vm, &mut report).await;
     }
     if arguments.place.to.is_some() || arguments.place.target.is_some() || !config.target.is_empty() {
-        look_at_target(&config, path, arguments, &mut report).await;
+        target::look(&config, path, arguments, &mut report).await;
     }
     if report.bad == 0 {
         print("everything is in place");
@@ -71,15 +76,15 @@ pub(crate) async fn run(path: &Path, arguments: &cli::Doctor) -> Result<Exit, Fa
     Err(Failure::new(Exit::Failed, format!("{} findings", report.bad)))
 }
 
-async fn look_at_vm(name: &str, vm: &Vm, report: &mut Report) {
+async fn look_at_vm(section: &str, vm: &Vm, report: &mut Report) {
     match &vm.qmp {
         Some(socket) if socket.exists() || vm.disks.is_empty() => {
-            look_at_qemu(name, socket, vm, report).await
+            look_at_qemu(section, socket, vm, report).await
         }
         None if vm.disks.is_empty() => report.bad("it has neither `qmp` nor `disks`", None),
         _ => look_at_images(vm, report),
     }
-    look_at_fleecing(name, vm, report);
+    look_at_fleecing(section, vm, report);
     for file in vm.config.iter().chain(&vm.firewall).chain(&vm.tpm) {
         if let Err(error) = std::fs::metadata(file) {
             report.bad(format!("file {}: {error}", file.display()), None);
@@ -98,7 +103,7 @@ fn look_at_images(vm: &Vm, report: &mut Report) {
     }
 }
 
-async fn look_at_qemu(name: &str, socket: &Path, vm: &Vm, report: &mut Report) {
+async fn look_at_qemu(section: &str, socket: &Path, vm: &Vm, report: &mut Report) {
     let qmp = match vm::connect(socket).await {
         Ok(qmp) => qmp,
         Err(failure) => return report.failure(&failure),
@@ -127,13 +132,13 @@ async fn look_at_qemu(name: &str, socket: &Path, vm: &Vm, report: &mut Report) {
     }
     for (disk, why) in &machine.obstacles {
         if !vm.exclude.contains(disk) {
-            let next = format!("exclude = [\"{disk}\"] under [vm.{name}], or change that");
+            let next = format!("exclude = [\"{disk}\"] under {section}, or change that");
             report.bad(format!("disk {disk}: {why}"), Some(&next));
         }
     }
 }
 
-fn look_at_fleecing(name: &str, vm: &Vm, report: &mut Report) {
+fn look_at_fleecing(section: &str, vm: &Vm, report: &mut Report) {
     let fleecing = &vm.fleecing.directory;
     match rustix::fs::statvfs(fleecing) {
         Ok(system) => {
@@ -146,7 +151,7 @@ fn look_at_fleecing(name: &str, vm: &Vm, report: &mut Report) {
         }
         Err(error) => {
             let next = format!(
-                "mkdir -p {}, or name another under [vm.{name}]: fleecing = {{ directory = ... }}",
+                "mkdir -p {}, or name another under {section}: fleecing = {{ directory = ... }}",
                 fleecing.display()
             );
             report.bad(
@@ -154,37 +159,5 @@ fn look_at_fleecing(name: &str, vm: &Vm, report: &mut Report) {
                 Some(&next),
             );
         }
-    }
-}
-
-async fn look_at_target(config: &Config, path: &Path, arguments: &cli::Doctor, report: &mut Report) {
-    let named: Vec<_> = if arguments.place.to.is_some() || arguments.place.target.is_some() {
-        vec![arguments.place.clone()]
-    } else {
-        config.target.keys().map(|name| cli::Where { target: Some(name.clone()), to: None }).collect()
-    };
-    for place in named {
-        let provider = match config.provider(&place, path) {
-            Ok(provider) => provider,
-            Err(failure) => {
-                report.failure(&failure);
-                continue;
-            }
-        };
-        print(format!("target {}", provider.name()));
-        match provider.points(None).await {
-            Ok(points) => {
-                report.good(format!("{} points", points.len()));
-                for point in points.iter().filter(|point| point.damage.is_some()) {
-                    let damage = point.damage.as_deref().unwrap_or_default();
-                    let next = format!("stillpoint verify {}/{}", point.vm, point.id);
-                    report.bad(format!("{}/{}: {damage}", point.vm, point.id), Some(&next));
-                }
-            }
-            Err(error) => {
-                report.bad(crate::failure::chain(&error), Some("check the path, or mount the target"))
-            }
-        }
-        provider.close().await;
     }
 }

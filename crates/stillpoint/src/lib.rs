@@ -17,6 +17,7 @@ mod config_files;
 mod doctor;
 mod failure;
 mod interrupt;
+mod places;
 mod progress;
 mod provider_check;
 mod reach;
@@ -24,7 +25,9 @@ mod repository;
 mod restore;
 mod runtime;
 mod summary;
+mod target;
 mod text;
+mod verify;
 mod vm;
 
 pub use cli::Cli;
