@@ -41,7 +41,7 @@ pub(crate) fn run() -> Result<()> {
     for _ in 0..POINTS {
         guest.await_writes(400)?;
         let summary = tool.backup("demo", &guest.qmp(), &target, &[])?;
-        let name = format!("demo/{}", summary["point"].as_str().context("a point has a name")?);
+        let name = summary["point"].as_str().context("a point has a name")?.to_owned();
         let sum = |key: &str| {
             let disks = summary["disks"].as_array().map(Vec::as_slice).unwrap_or_default();
             disks.iter().filter_map(|disk| disk[key].as_u64()).sum::<u64>()

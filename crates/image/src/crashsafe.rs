@@ -16,7 +16,7 @@
 use crate::{Error, ErrorKind, Result};
 use rustix::{
     fd::OwnedFd,
-    fs::{AtFlags, CWD, Dir, FileType, FlockOperation, Mode, OFlags, RenameFlags},
+    fs::{AtFlags, CWD, Dir, FileType, FlockOperation, Mode, OFlags, RenameFlags, Stat},
     io::Errno,
 };
 use std::{
@@ -38,6 +38,15 @@ const MAX_DEPTH: u32 = 16;
 pub struct Directory {
     fd: OwnedFd,
     path: PathBuf,
+}
+
+/// What a file system has left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Space {
+    /// Bytes.
+    pub free: Length,
+    /// Files.
+    pub files: Option<u64>,
 }
 
 impl Directory {
@@ -153,10 +162,10 @@ impl Directory {
         Ok(File::from(fd))
     }
 
-    fn check_regular(&self, fd: &OwnedFd, name: &str) -> Result<()> {
+    fn check_regular(&self, fd: &OwnedFd, name: &str) -> Result<Stat> {
         let stat = rustix::fs::fstat(fd).map_err(|source| self.error("examine", name, source))?;
         if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile {
-            return Ok(());
+            return Ok(stat);
         }
         Err(Error::new(
             ErrorKind::Damaged,
@@ -196,12 +205,20 @@ impl Directory {
     /// open. The kernel gives the lock back when the holder dies, however it dies.
     ///
     /// # Errors
-    /// [`ErrorKind::Locked`] if somebody else holds it.
+    /// [`ErrorKind::Locked`] if somebody else holds it; [`ErrorKind::Damaged`] if it is not a regular file, or has a second name: what
+    /// is written to it would then be written elsewhere too.
     pub fn lock_file(&self, name: &str) -> Result<File> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let fd = rustix::fs::openat(&self.fd, name, flags, FILE_MODE)
             .map_err(|source| self.error("open", name, source))?;
-        self.check_regular(&fd, name)?;
+        let stat = self.check_regular(&fd, name)?;
+        if stat.st_nlink > 1 {
+            let path = self.path.join(name);
+            return Err(Error::new(
+                ErrorKind::Damaged,
+                format!("{} has a second name (a hard link)", path.display()),
+            ));
+        }
         rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive)
             .map_err(|source| self.error("lock", name, source))?;
         Ok(File::from(fd))
@@ -249,6 +266,36 @@ impl Directory {
         }
         names.sort_unstable();
         Ok(names)
+    }
+
+    /// At most `most` of the names in it that `known` does not know, as far as they can be shown. Names that are not UTF-8 count too,
+    /// so that a directory is taken for empty only if it is.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn names_but(&self, most: usize, known: impl Fn(&str) -> bool) -> Result<Vec<String>> {
+        let cannot = |source: Errno| Error::at("list the directory", &self.path, source);
+        let mut names = Vec::new();
+        for entry in Dir::read_from(&self.fd).map_err(cannot)? {
+            let entry = entry.map_err(cannot)?;
+            let name = entry.file_name().to_string_lossy();
+            if names.len() < most && !matches!(&*name, "." | "..") && !known(&name) {
+                names.push(name.escape_debug().to_string());
+            }
+        }
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    /// What its file system has left for this user; `None` for files if it does not count them.
+    ///
+    /// # Errors
+    /// If the system does not tell.
+    pub fn space(&self) -> Result<Space> {
+        let system = rustix::fs::fstatvfs(&self.fd)
+            .map_err(|source| Error::at("ask for the space in", &self.path, source))?;
+        let files = (system.f_files > 0).then_some(system.f_favail);
+        Ok(Space { free: Length::new(system.f_bavail.saturating_mul(system.f_frsize)), files })
     }
 
     /// Gives `from` the name `to`, which must be free. After a crash it has one of the two names; which, is only sure

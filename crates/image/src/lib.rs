@@ -40,7 +40,7 @@ mod raw;
 mod writeback;
 mod zero;
 
-pub use crashsafe::Directory;
+pub use crashsafe::{Directory, Space};
 pub use error::{Error, ErrorKind, Result};
 pub use format::{Backing, Format, ImageWriter};
 pub use layer::{Layer, Mapping};

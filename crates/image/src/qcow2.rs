@@ -9,8 +9,9 @@ use imago::{
 };
 use std::{
     fs::File,
+    io,
     path::PathBuf,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, PoisonError},
 };
 use stillpoint_model::{Granularity, Length, Offset, Range};
 
@@ -26,8 +27,8 @@ const L1_ENTRIES: u64 = 1 << 17;
 #[derive(Debug)]
 pub struct Qcow2Writer {
     /// One call at a time: metadata has to be written in order anyway, and clusters then lie in the file in the order
-    /// in which they came.
-    image: Mutex<FormatAccess<ImagoFile>>,
+    /// in which they came. `None` once the image is given up.
+    image: Mutex<Option<FormatAccess<ImagoFile>>>,
     file: File,
     path: PathBuf,
     size: Length,
@@ -35,6 +36,7 @@ pub struct Qcow2Writer {
     cluster: u64,
     overlay: bool,
     writeback: Writeback,
+    finished: bool,
 }
 
 impl Qcow2Writer {
@@ -78,9 +80,10 @@ impl Qcow2Writer {
             builder = builder.backing(file.clone(), format.as_str().to_owned());
         }
         let open = |storage| Ok(Qcow2::builder(storage).write(true).backing(None));
-        let image = block_on(builder.create_open(DenyImplicitOpenGate::default(), open)).map_err(cannot)?;
+        let image = quietly(|| block_on(builder.create_open(DenyImplicitOpenGate::default(), open)));
+        let image = image.map_err(cannot)?;
         Ok(Self {
-            image: Mutex::new(FormatAccess::new(image)),
+            image: Mutex::new(Some(FormatAccess::new(image))),
             file,
             path,
             size,
@@ -88,11 +91,16 @@ impl Qcow2Writer {
             cluster,
             overlay: backing.is_some(),
             writeback: Writeback::default(),
+            finished: false,
         })
     }
 
-    fn image(&self) -> MutexGuard<'_, FormatAccess<ImagoFile>> {
-        self.image.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Does `work` with the image, while nobody else does.
+    fn with_image(&self, work: impl FnOnce(&FormatAccess<ImagoFile>) -> io::Result<()>) -> io::Result<()> {
+        match &*self.image.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(image) => work(image),
+            None => Err(io::Error::other("the image was given up")),
+        }
     }
 
     /// A cluster of an overlay is written whole: the rest of one that is written in part would have to come from the
@@ -129,7 +137,7 @@ impl Qcow2Writer {
             let (start, end) = (at.get() + part.start as u64, at.get() + part.end as u64);
             self.zero_between(zero_from, start)?;
             let data = bytes.get(part).unwrap_or_default();
-            block_on(self.image().write(data, start))
+            self.with_image(|image| block_on(image.write(data, start)))
                 .map_err(|source| Error::at("write", &self.path, source))?;
             self.writeback.wrote(&self.file, data.len());
             zero_from = end;
@@ -143,7 +151,7 @@ impl Qcow2Writer {
         if start >= end {
             return Ok(());
         }
-        block_on(self.image().write_zeroes(start, end - start))
+        self.with_image(|image| block_on(image.write_zeroes(start, end - start)))
             .map_err(|source| Error::at("write zeroes to", &self.path, source))
     }
 
@@ -161,14 +169,76 @@ impl Qcow2Writer {
     ///
     /// # Errors
     /// If that fails; the image must then not be used.
-    pub fn finish(self) -> Result<Length> {
-        let cannot = |source| Error::at("make durable", &self.path, source);
-        block_on(self.image().flush()).map_err(cannot)?;
+    pub fn finish(mut self) -> Result<Length> {
+        let path = self.path.clone();
+        let cannot = |source| Error::at("make durable", &path, source);
+        self.with_image(|image| block_on(image.flush())).map_err(cannot)?;
         self.file.sync_all().map_err(cannot)?;
         let length = self.file.metadata().map_err(cannot)?.len();
+        self.finished = true;
         Ok(Length::new(length))
     }
 
     /// What it writes.
     pub const FORMAT: Format = Format::Qcow2;
+}
+
+/// imago logs an error for each table that it drops unwritten. That is the lot of an image that was given up, whose error its
+/// caller already has; after a successful [`finish`](Qcow2Writer::finish) there is none, and whatever it logs then is worth reading.
+impl Drop for Qcow2Writer {
+    fn drop(&mut self) {
+        let image = self.image.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        if self.finished { drop(image) } else { quietly(|| drop(image)) }
+    }
+}
+
+/// Does `work` with nobody listening to what it logs on this thread.
+fn quietly<T>(work: impl FnOnce() -> T) -> T {
+    tracing::subscriber::with_default(tracing::subscriber::NoSubscriber::default(), work)
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    /// Counts what is logged.
+    struct Counting(std::sync::Arc<AtomicUsize>);
+
+    impl tracing::Subscriber for Counting {
+        fn enabled(&self, _: &tracing::Metadata<'_>) -> bool {
+            true
+        }
+        fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+            tracing::span::Id::from_u64(1)
+        }
+        fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+        fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+        fn event(&self, event: &tracing::Event<'_>) {
+            if *event.metadata().level() == tracing::Level::ERROR {
+                self.0.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        fn enter(&self, _: &tracing::span::Id) {}
+        fn exit(&self, _: &tracing::span::Id) {}
+    }
+
+    #[test]
+    fn an_image_that_is_given_up_logs_no_error() {
+        let scratch = tempfile::tempdir().unwrap();
+        let directory = Directory::open(scratch.path()).unwrap();
+        let errors = std::sync::Arc::<AtomicUsize>::default();
+        tracing::subscriber::with_default(Counting(std::sync::Arc::clone(&errors)), || {
+            let writer =
+                Qcow2Writer::create(&directory, "given-up.qcow2", Length::new(1 << 20), None, None).unwrap();
+            writer.write(Offset::ZERO, &[7; 65_536]).unwrap();
+            drop(writer);
+            let writer =
+                Qcow2Writer::create(&directory, "whole.qcow2", Length::new(1 << 20), None, None).unwrap();
+            writer.write(Offset::ZERO, &[7; 65_536]).unwrap();
+            writer.finish().unwrap();
+            tracing::error!("this one is heard");
+        });
+        assert_eq!(errors.load(Ordering::Relaxed), 1);
+    }
 }

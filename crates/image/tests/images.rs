@@ -146,3 +146,15 @@ fn names_are_taken_once_and_links_are_not_followed() {
     directory.remove_tree("link").unwrap();
     assert!(Path::new("/etc/passwd").exists());
 }
+
+#[test]
+fn a_lock_with_a_second_name_is_refused() {
+    let scratch = tempfile::tempdir().unwrap();
+    let directory = Directory::open(scratch.path()).unwrap();
+    drop(directory.lock_file("lock").unwrap());
+    drop(directory.lock_file("lock").unwrap());
+    fs::write(scratch.path().join("mine"), "mine").unwrap();
+    fs::hard_link(scratch.path().join("mine"), scratch.path().join("linked")).unwrap();
+    let error = directory.lock_file("linked").unwrap_err();
+    assert!(error.to_string().contains("second name"), "{error}");
+}

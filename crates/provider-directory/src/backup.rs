@@ -24,7 +24,7 @@ use crate::{
     layout,
     lock::Lock,
     manifest::{Manifest, StoredConfig, StoredDisk},
-    target,
+    restore, target,
 };
 use async_trait::async_trait;
 use std::{collections::HashMap, sync::Arc, time::Duration};
@@ -144,6 +144,8 @@ impl DirectoryBackup {
     }
 
     async fn store_config(&mut self, config: &[ConfigFile]) -> Result<()> {
+        restore::check_config(config.iter().map(|file| Length::new(file.content.len() as u64)))
+            .map_err(|what| Error::new(ErrorKind::InvalidInput, what))?;
         let (files, partial) = (config.to_vec(), Arc::clone(&self.partial));
         self.config = blocking(move || {
             let directory = partial.create_directory(layout::CONFIG).map_err(from_image)?;
@@ -381,10 +383,11 @@ impl Commit {
     fn run(self) -> Result<()> {
         let (vm, id) = (&self.record.vm, &self.record.id);
         self.reach(Step::WriteManifest)?;
-        // Under the lock nobody else takes a number. One that cannot be read still has its number: no point is ever
-        // removed by us, so there are at least as many numbers as there are points.
+        // Under the lock nobody else takes a number. Points that cannot be read still have theirs, which may be the last ones.
         let found = target::points(&self.vm_directory, vm)?;
-        let last = found.iter().map(target::Found::sequence).max().unwrap_or_default();
+        let unknown = found.iter().filter(|found| found.manifest.is_err()).count() as u64;
+        let last =
+            found.iter().map(target::Found::sequence).max().unwrap_or_default().saturating_add(unknown);
         let manifest = Manifest {
             sequence: last.max(found.len() as u64).saturating_add(1),
             point: self.record.clone(),

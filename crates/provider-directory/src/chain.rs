@@ -17,17 +17,19 @@ const MOST_CELLS: u64 = 16384;
 /// One image with its sums.
 #[derive(Debug)]
 pub(crate) struct StoredLayer {
+    pub(crate) point: PointId,
     pub(crate) disk: StoredDisk,
     pub(crate) image: Layer,
     pub(crate) sums: Sums,
 }
 
 impl StoredLayer {
-    fn open(directory: &Directory, disk: &StoredDisk) -> Result<Self> {
+    /// Opens the image of `disk` in the directory of `point`.
+    pub(crate) fn open(directory: &Directory, point: &PointId, disk: &StoredDisk) -> Result<Self> {
         disk.check_lengths(directory)?;
         let sums = Sums::open(directory, disk)?;
         let image = Layer::open(directory, &disk.image, disk.format, disk.size).map_err(stored)?;
-        Ok(Self { disk: disk.clone(), image, sums })
+        Ok(Self { point: point.clone(), disk: disk.clone(), image, sums })
     }
 
     /// Reads what `record` says is there into `bytes`, which is as long, and makes sure that it is.
@@ -90,8 +92,35 @@ impl Chain {
         (layers, findings)
     }
 
+    /// Of layers that go down to the full image, all there; `None` if there is none.
+    pub(crate) fn of(layers: Vec<StoredLayer>) -> Option<Self> {
+        Some(Self { size: layers.first()?.disk.size, layers })
+    }
+
     pub(crate) fn size(&self) -> Length {
         self.size
+    }
+
+    /// Of the records that `bad` names by their ranges, layer by layer, one that a restore would need: no layer above has other data in
+    /// its place.
+    pub(crate) fn first_shown<'a>(
+        &self,
+        bad: impl Fn(&StoredLayer) -> &'a [Range],
+    ) -> Result<Option<(std::path::PathBuf, Range)>> {
+        for layer in &self.layers {
+            for range in bad(layer) {
+                let mut shown = false;
+                // A record with data is within one cell.
+                self.resolve(*range, |found, record, _| {
+                    shown |= found.point == layer.point && record.range.start() == range.start();
+                    Ok(())
+                })?;
+                if shown {
+                    return Ok(Some((layer.image.path().to_owned(), *range)));
+                }
+            }
+        }
+        Ok(None)
     }
 
     /// What an overlay on top of this says of its base.
@@ -235,7 +264,7 @@ fn walk(
         let opened = vm_directory
             .directory(manifest.point.id.as_str())
             .map_err(stored)
-            .and_then(|directory| StoredLayer::open(&directory, &stored_disk));
+            .and_then(|directory| StoredLayer::open(&directory, &manifest.point.id, &stored_disk));
         match opened {
             Ok(layer) => layers.push(layer),
             Err(error) => wrong(error),

@@ -1,5 +1,6 @@
 //! From the errors of image files to the provider's kinds.
 
+use rustix::io::Errno;
 use stillpoint_image as image;
 use stillpoint_provider::{Error, ErrorKind, Result};
 
@@ -37,6 +38,11 @@ fn with_cause(kind: ErrorKind, error: image::Error) -> Error {
     }
 }
 
+/// Nobody waits for the outcome any more.
+pub(crate) fn cancelled() -> Error {
+    Error::new(ErrorKind::Cancelled, "the examination was cancelled")
+}
+
 pub(crate) fn damaged(context: impl Into<String>) -> Error {
     Error::new(ErrorKind::Damaged, context)
 }
@@ -51,6 +57,26 @@ pub(crate) fn in_one_line(error: &Error) -> String {
         cause = error.source();
     }
     line
+}
+
+/// What the system said, if it is at the bottom of `error`.
+pub(crate) fn system_error(error: &Error) -> Option<i32> {
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        let number = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
+        if number.is_some() {
+            return number;
+        }
+        cause = error.source();
+    }
+    None
+}
+
+/// Whether the system could not tell what a file holds, so that it may be good all the same: no right to read it, a medium that gives
+/// errors, a file system that has gone. Only damage of which this is not so is reason to remove something.
+pub(crate) fn may_pass(error: &Error) -> bool {
+    let gone = [Errno::NOENT, Errno::NOTDIR, Errno::ISDIR, Errno::LOOP];
+    system_error(error).is_some_and(|number| gone.iter().all(|errno| errno.raw_os_error() != number))
 }
 
 /// Runs blocking work on a thread made for it. A panic there is a fault of ours or of a library that met damage; either way it

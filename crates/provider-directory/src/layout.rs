@@ -39,3 +39,23 @@ pub(crate) fn sums(disk: &DiskName) -> String {
 pub(crate) fn from_sibling(point: &PointId, file: &str) -> String {
     format!("../{point}/{file}")
 }
+
+/// Where the identity is written before it gets its name.
+pub(crate) fn aside(random: u32) -> String {
+    format!(".{IDENTITY}-{random:08x}")
+}
+
+/// A file that is made and removed at once, to see whether files can be made.
+pub(crate) fn probe() -> String {
+    format!("{PROBE}{}", std::process::id())
+}
+
+const PROBE: &str = ".stillpoint-";
+
+/// Whether a name may be in a target's directory before there is a target: what a new file system has of its own, and what a run
+/// that died while it made a target left.
+pub(crate) fn is_nothing(name: &str) -> bool {
+    let digits = |rest: &str| !rest.is_empty() && rest.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let aside = name.strip_prefix('.').and_then(|name| name.strip_prefix(IDENTITY)?.strip_prefix('-'));
+    name == "lost+found" || name.strip_prefix(PROBE).is_some_and(digits) || aside.is_some_and(digits)
+}

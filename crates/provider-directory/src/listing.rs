@@ -9,10 +9,11 @@ use crate::{
 use std::collections::HashMap;
 use stillpoint_image::Directory;
 use stillpoint_model::{DiskName, Length, PointId, VmName};
-use stillpoint_provider::{PointSummary, Result};
+use stillpoint_provider::{ErrorKind, PointSummary, Result};
 
 /// The points of one VM in `target`, or of all.
 pub(crate) fn points(target: &Directory, vm: Option<&VmName>) -> Result<Vec<PointSummary>> {
+    let all = vm.is_none();
     let vms = match vm {
         Some(vm) => vec![vm.clone()],
         None => target::vms(target)?,
@@ -23,7 +24,10 @@ pub(crate) fn points(target: &Directory, vm: Option<&VmName>) -> Result<Vec<Poin
             Ok(Some(directory)) => summaries.extend(of_vm(&directory, vm)?),
             Ok(None) => {}
             // A file or link that has a name as a VM could have it.
-            Err(error) => tracing::debug!(%vm, error = in_one_line(&error), "left out of the listing"),
+            Err(error) if all && error.kind() == ErrorKind::Damaged => {
+                tracing::debug!(%vm, error = in_one_line(&error), "left out of the listing");
+            }
+            Err(error) => return Err(error),
         }
     }
     Ok(summaries)

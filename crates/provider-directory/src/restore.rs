@@ -18,6 +18,22 @@ use stillpoint_provider::{ConfigFile, Error, ErrorKind, PointRecord, Restore, Re
 /// Most that one read may ask for, as the contract says.
 const MOST: Length = Length::new(32 << 20);
 
+/// Most bytes of a configuration file, and of all files of a point. They are read into memory, and their lengths are told by the target.
+const MOST_CONFIG: Length = Length::new(64 << 20);
+const MOST_CONFIG_IN_ALL: Length = Length::new(256 << 20);
+
+/// Refuses configuration that is too large to be read back.
+pub(crate) fn check_config(lengths: impl Iterator<Item = Length>) -> Result<(), &'static str> {
+    let mut all = Length::ZERO;
+    for length in lengths {
+        all = all.saturating_add(length);
+        if length > MOST_CONFIG || all > MOST_CONFIG_IN_ALL {
+            return Err("there is more configuration than 64 MiB a file and 256 MiB in all");
+        }
+    }
+    Ok(())
+}
+
 /// A point, open.
 pub(crate) struct DirectoryRestore {
     vm_directory: Arc<Directory>,
@@ -47,6 +63,9 @@ pub(crate) fn read_config(vm_directory: &Directory, manifest: &Manifest) -> Vec<
             .and_then(|own| own.directory(layout::CONFIG))
             .map_err(stored)
     };
+    if let Err(what) = check_config(manifest.config.iter().map(|file| file.length)) {
+        return vec![Err(damaged(format!("{}/{}: {what}", manifest.point.vm, manifest.point.id)))];
+    }
     let read = |file: &crate::manifest::StoredConfig| {
         let directory = directory()?;
         let content = directory.read_file(file.name.as_str(), file.length).map_err(stored)?;

@@ -2,37 +2,12 @@
 
 use crate::{
     error::{from_image, in_one_line},
+    layout,
     manifest::Manifest,
 };
-use std::path::Path;
 use stillpoint_image::{self as image, Directory};
 use stillpoint_model::{PointId, VmName};
 use stillpoint_provider::{Error, ErrorKind, Result};
-
-/// Opens the target; the directory must be there.
-pub(crate) fn open(path: &Path) -> Result<Directory> {
-    Directory::open(path).map_err(|error| as_target(path, error))
-}
-
-/// Opens the target; the directory is made if its parent is there.
-pub(crate) fn open_or_create(path: &Path) -> Result<Directory> {
-    Directory::open_or_create(path).map_err(|error| as_target(path, error))
-}
-
-fn as_target(path: &Path, error: image::Error) -> Error {
-    match error.kind() {
-        image::ErrorKind::Missing => Error::new(
-            ErrorKind::TargetMissing,
-            format!("there is no target directory {} (is it mounted?)", path.display()),
-        )
-        .because(error),
-        image::ErrorKind::Damaged => {
-            Error::new(ErrorKind::TargetMissing, format!("target {} is not a directory", path.display()))
-                .because(error)
-        }
-        _ => from_image(error),
-    }
-}
 
 /// The VMs that have a directory in the target. Names that no VM can have are somebody else's.
 pub(crate) fn vms(target: &Directory) -> Result<Vec<VmName>> {
@@ -85,7 +60,7 @@ pub(crate) fn points(vm_directory: &Directory, vm: &VmName) -> Result<Vec<Found>
 /// Makes sure, before the VM is touched, that the target takes writes: a directory's mode says little (root, read-only
 /// mounts, network file systems), so a file is made and removed.
 pub(crate) fn check_writable(target: &Directory) -> Result<()> {
-    let name = format!(".stillpoint-{}", std::process::id());
+    let name = layout::probe();
     target.remove_tree(&name).and_then(|()| target.create_file(&name)).map_err(|error| {
         let kind = match error.kind() {
             image::ErrorKind::Io => ErrorKind::TargetReadOnly,

@@ -8,17 +8,21 @@
 use crate::{
     chain::{Chain, StoredLayer},
     cover::tables_sum,
-    error::{damaged, in_one_line, stored},
+    error::{cancelled, damaged, in_one_line, stored},
     restore,
     sums::Record,
 };
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 use stillpoint_image::{Directory, Format, Mapping, is_zero};
 use stillpoint_model::{DiskName, Length, Offset, PointId, Range, VmName};
-use stillpoint_provider::{Error, ErrorKind, Finding, Progress, Result, VerifyReport};
+use stillpoint_provider::{ErrorKind, Finding, Progress, Result, VerifyReport};
 
 /// Findings told of one image; a file of rubbish need not fill a screen.
 const MOST_FINDINGS: usize = 32;
@@ -29,11 +33,13 @@ pub(crate) struct Verify {
     /// Set when nobody waits for the outcome any more.
     pub(crate) abandoned: Arc<AtomicBool>,
     report: VerifyReport,
+    /// Records that are damaged, by the image that they are in.
+    bad: HashMap<PathBuf, Vec<Range>>,
 }
 
 impl Verify {
     pub(crate) fn new(progress: Arc<dyn Progress>, abandoned: Arc<AtomicBool>) -> Self {
-        Self { progress, abandoned, report: VerifyReport::default() }
+        Self { progress, abandoned, report: VerifyReport::default(), bad: HashMap::new() }
     }
 
     pub(crate) fn run(mut self, target: &Directory, vm: &VmName, point: &PointId) -> Result<VerifyReport> {
@@ -54,18 +60,20 @@ impl Verify {
         let mut chains = Vec::new();
         for disk in &manifest.disks {
             let (layers, findings) = Chain::examine(&vm_directory, &manifest, &disk.name);
+            let opened = findings.is_empty();
             self.report.findings.extend(findings);
-            chains.push((&disk.name, layers));
+            chains.push((&disk.name, layers, opened));
         }
         self.progress
-            .total(chains.iter().flat_map(|(_, layers)| layers).map(|layer| layer.sums.data()).sum());
-        for (disk, layers) in &chains {
-            for layer in layers {
+            .total(chains.iter().flat_map(|(_, layers, _)| layers).map(|layer| layer.sums.data()).sum());
+        for (disk, layers, opened) in &mut chains {
+            for layer in layers.iter() {
                 let before = self.report.findings.len();
                 if let Err(error) = self.layer(disk, layer) {
                     if error.kind() == ErrorKind::Cancelled {
                         return Err(error);
                     }
+                    *opened = false;
                     self.find(Some(disk), None, in_one_line(&error));
                 }
                 let found = self.report.findings.len() - before;
@@ -73,6 +81,13 @@ impl Verify {
                     self.report.findings.truncate(before + MOST_FINDINGS);
                     let more = found - MOST_FINDINGS;
                     self.find(Some(disk), None, format!("{} has {more} more", layer.image.path().display()));
+                }
+            }
+        }
+        if !self.report.findings.is_empty() {
+            for (disk, layers, opened) in chains {
+                if opened && self.is_restorable(layers) {
+                    self.report.restorable.push(disk.clone());
                 }
             }
         }
@@ -100,16 +115,24 @@ impl Verify {
         Ok(())
     }
 
+    /// Whether a restore gets the disk back all the same.
+    fn is_restorable(&self, layers: Vec<StoredLayer>) -> bool {
+        let none: &[Range] = &[];
+        let bad = |layer: &StoredLayer| self.bad.get(layer.image.path()).map_or(none, Vec::as_slice);
+        Chain::of(layers).is_some_and(|chain| matches!(chain.first_shown(bad), Ok(None)))
+    }
+
     /// Every record's data.
     fn records(&mut self, disk: &DiskName, layer: &StoredLayer) -> Result<()> {
         let mut bytes = Vec::new();
         for index in 0..layer.sums.page_count() {
             for record in layer.sums.page(index)?.iter().filter(|record| record.sum.is_some()) {
                 if self.abandoned.load(Ordering::Relaxed) {
-                    return Err(Error::new(ErrorKind::Cancelled, "the examination was cancelled"));
+                    return Err(cancelled());
                 }
                 bytes.resize(usize::try_from(record.range.length().get()).unwrap_or_default(), 0);
                 if let Err(error) = layer.read(record, &mut bytes) {
+                    self.bad.entry(layer.image.path().to_owned()).or_default().push(record.range);
                     self.find(Some(disk), Some(record.range.start()), in_one_line(&error));
                 }
                 self.checked(record.range.length());

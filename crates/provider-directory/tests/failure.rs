@@ -80,6 +80,7 @@ async fn a_second_run_is_told_who_holds_the_lock() {
     let scratch = tempfile::tempdir().unwrap();
     let provider = DirectoryProvider::new(scratch.path().to_owned());
     let mut vm = vm(100);
+    provider.job_init().await.unwrap();
     let first = provider.backup_init(&vm.name.clone(), &vm.next_id()).await.unwrap();
     let other = vm.next_id();
     let error = provider.backup_init(&vm.name, &other).await.err().unwrap();
@@ -90,6 +91,58 @@ async fn a_second_run_is_told_who_holds_the_lock() {
     assert!(elsewhere.is_ok());
     drop(first);
     assert!(provider.backup_init(&vm.name, &other).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_lock_that_is_another_file_too_is_not_written() {
+    let scratch = tempfile::tempdir().unwrap();
+    let provider = DirectoryProvider::new(scratch.path().join("target"));
+    provider.job_init().await.unwrap();
+    let (mine, mut vm) = (scratch.path().join("mine"), vm(100));
+    fs::write(&mine, "mine").unwrap();
+    fs::create_dir(scratch.path().join("target/web01")).unwrap();
+    fs::hard_link(&mine, scratch.path().join("target/web01/lock")).unwrap();
+    let id = vm.next_id();
+    assert_eq!(provider.backup_init(&vm.name, &id).await.err().unwrap().kind(), ErrorKind::Damaged);
+    assert_eq!(fs::read(&mine).unwrap(), b"mine");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn configuration_beyond_measure_is_neither_stored_nor_read() {
+    let scratch = tempfile::tempdir().unwrap();
+    let provider = DirectoryProvider::new(scratch.path().to_owned());
+    let mut vm = vm(100);
+    provider.job_init().await.unwrap();
+    let id = vm.next_id();
+    let mut backup = provider.backup_init(&vm.name, &id).await.unwrap();
+    let file = |name: &str, length| stillpoint_provider::ConfigFile {
+        name: name.parse().unwrap(),
+        role: stillpoint_provider::ConfigRole::Guest,
+        content: vec![0; length],
+    };
+    let error = backup.backup_vm(&[file("large", (64 << 20) + 1)], Vec::new()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    backup.backup_cleanup().await.unwrap();
+    // A target may tell of any length, with a file that is as long: it costs its writer nothing.
+    let taken = vm.back_up(&provider).await;
+    let point = scratch.path().join("web01").join(taken.id.as_str());
+    let manifest = fs::read_to_string(point.join("point.json")).unwrap();
+    let start = manifest.find("\"record\":").unwrap() + 9;
+    let record = &manifest[start..manifest.trim_end().len() - 1];
+    let length = u64::try_from(common::config()[0].content.len()).unwrap();
+    let forged =
+        record.replacen(&format!("\"length\":{length},"), &format!("\"length\":{},", 64u64 << 30), 1);
+    assert!(forged != *record, "{record}");
+    let sum = blake3::hash(forged.as_bytes()).to_hex();
+    fs::write(
+        point.join("point.json"),
+        format!("{{\"format\":1,\"blake3\":\"{sum}\",\"record\":{forged}}}\n"),
+    )
+    .unwrap();
+    fs::File::options().write(true).open(point.join("config/web01.conf")).unwrap().set_len(64 << 30).unwrap();
+    let restore = provider.restore_vm_init(&vm.name, &taken.id).await.unwrap();
+    let error = restore.config().await.unwrap_err();
+    assert!(error.kind() == ErrorKind::Damaged && error.to_string().contains("256 MiB"), "{error}");
 }
 
 #[tokio::test]
@@ -105,7 +158,7 @@ async fn only_the_last_component_of_a_target_is_made() {
     assert_eq!(names(&scratch.path().join("backups")), ["stillpoint-target.json"]);
     fs::write(scratch.path().join("file"), "").unwrap();
     let file = DirectoryProvider::new(scratch.path().join("file"));
-    assert_eq!(file.job_init().await.unwrap_err().kind(), ErrorKind::TargetMissing);
+    assert_eq!(file.job_init().await.unwrap_err().kind(), ErrorKind::TargetForeign);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -126,7 +126,7 @@ pub(crate) async fn point(
         Ok(restore) => restore,
         Err(error) => {
             let finding = Finding { disk: None, offset: None, what: in_one_line(&error) };
-            return Ok(VerifyReport { checked: Length::ZERO, findings: vec![finding] });
+            return Ok(VerifyReport { findings: vec![finding], ..VerifyReport::default() });
         }
     };
     let config = restore.config().await.err();

@@ -59,6 +59,9 @@ pub struct VerifyReport {
     pub checked: Length,
     /// What is wrong; empty if nothing is.
     pub findings: Vec<Finding>,
+    /// If something is wrong: the disks that a restore gives back all the same, as far as the provider can tell.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub restorable: Vec<DiskName>,
 }
 
 /// How much of a target is read to verify it as a whole.

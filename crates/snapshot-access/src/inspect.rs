@@ -97,6 +97,11 @@ impl Disk {
         self.bitmaps.iter().find(fits)
     }
 
+    /// The targets that it has bitmaps of ours for, fit for use or not.
+    pub fn targets(&self) -> impl Iterator<Item = &TargetId> {
+        self.bitmaps.iter().map(|bitmap| &bitmap.target)
+    }
+
     /// Whether there is any bitmap of ours for `target`, fit for use or not: proof that this disk has points there.
     pub fn has_bitmap(&self, target: &TargetId) -> bool {
         self.bitmaps.iter().any(|bitmap| bitmap.target == *target)

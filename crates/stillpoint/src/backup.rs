@@ -5,6 +5,7 @@ use crate::{
     config_files::ConfigFiles,
     failure::{Exit, Failure, Guest},
     interrupt::Interrupt,
+    places::Places,
     progress::BackupProgress,
     provider_failure::provider_failure,
     reach::ReachedVm,
@@ -19,6 +20,7 @@ use stillpoint_provider::{
     Backup, BitmapMode, ConfigFile, Consistency, DiskOffer, DiskRecord, ErrorKind as ProviderErrorKind,
     Incremental, OfferedBitmap, PointRecord, Provider, Skipped, VolumeReport,
 };
+use stillpoint_provider_directory::DirectoryProvider;
 use stillpoint_snapshot_access::{
     Chain, Disk, DiskPlan, ErrorKind as AccessErrorKind, Machine, ReadMode, Settings, SnapshotAccess,
 };
@@ -34,6 +36,10 @@ pub(crate) struct Job<'a> {
     pub vm: &'a Vm,
     /// Where the point is kept.
     pub provider: &'a dyn Provider,
+    /// The same, if it is a directory.
+    pub directory: Option<&'a DirectoryProvider>,
+    /// Where it is remembered that the target was seen there.
+    pub places: Option<Places>,
     /// Whether bitmaps are to be ignored.
     pub full: bool,
     /// Whether a person watches.
@@ -59,6 +65,11 @@ impl Job<'_> {
         let config = ConfigFiles::read(self.vm)?;
         let target = self.provider.job_init().await;
         let target = target.map_err(|error| provider_failure(&error, Guest::Untouched))?;
+        let seen = |places| {
+            let disks: Vec<_> = self.selection(&name, &vm.machine)?.disks.into_iter().cloned().collect();
+            Ok::<_, Failure>(crate::target::seen(places, self.provider, self.directory, &target, &disks))
+        };
+        let notes = self.places.as_ref().map(seen).transpose()?.unwrap_or_default();
         let mut tries = 1;
         let result = loop {
             match self.attempt(&name, vm, &target, config.clone(), interrupt).await {
@@ -72,6 +83,10 @@ impl Job<'_> {
                 break Err(failure);
             }
         };
+        let result = result.map(|mut summary| {
+            summary.warnings.splice(0..0, notes);
+            summary
+        });
         if let Err(error) = self.provider.job_cleanup().await {
             tracing::warn!(error = crate::failure::chain(&error), "the provider's clean-up failed");
         }

@@ -36,9 +36,9 @@ pub enum Command {
     Restore(Restore),
     /// Read points again and compare them with what was recorded when they were made.
     Verify(Verify),
-    /// Forget points that no rule keeps. What they alone needed is removed by `prune`.
+    /// Forget points of a repository that no rule keeps (what they alone needed is removed by `prune`), or damaged points of a directory.
     Forget(Forget),
-    /// Remove what no point needs any more from a repository.
+    /// Remove from a repository what no point needs any more.
     Prune(Prune),
     /// Manage the keys of a repository; each opens it with a password of its own.
     #[command(subcommand)]
@@ -106,32 +106,38 @@ pub struct Points {
     pub json: bool,
 }
 
-/// A point as it is typed: `VM/ID` or `VM/latest`.
+/// A point as it is typed.
 #[derive(Debug, Clone)]
-pub struct PointName {
-    /// The VM.
-    pub vm: VmName,
-    /// The point; `None` for the latest.
-    pub id: Option<PointId>,
+pub enum PointName {
+    /// `VM/ID`.
+    Of(VmName, PointId),
+    /// `VM/latest`.
+    LatestOf(VmName),
+    /// `ID`, which is enough where no other VM has a point of that name.
+    Alone(PointId),
 }
 
 impl std::str::FromStr for PointName {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let (vm, id) = text.split_once('/').ok_or("a point is typed as VM/ID or VM/latest")?;
-        let id = match id {
-            "latest" => None,
-            id => Some(id.parse().map_err(|error: stillpoint_model::NameError| error.to_string())?),
+        let words = |error: stillpoint_model::NameError| error.to_string();
+        let Some((vm, id)) = text.split_once('/') else {
+            let alone = text.parse().map(Self::Alone);
+            return alone.map_err(|_| "a point is typed as VM/ID, VM/latest or ID".to_owned());
         };
-        Ok(Self { vm: vm.parse().map_err(|error: stillpoint_model::NameError| error.to_string())?, id })
+        let vm = vm.parse().map_err(words)?;
+        match id {
+            "latest" => Ok(Self::LatestOf(vm)),
+            id => Ok(Self::Of(vm, id.parse().map_err(words)?)),
+        }
     }
 }
 
 /// `restore`.
 #[derive(Debug, Args)]
 pub struct Restore {
-    /// The point: VM/ID or VM/latest.
+    /// The point: VM/ID, VM/latest, or ID if it is the only one of that name.
     pub point: PointName,
     #[command(flatten)]
     pub place: Where,
@@ -158,7 +164,8 @@ pub enum Format {
 /// `verify`.
 #[derive(Debug, Args)]
 pub struct Verify {
-    /// Points: VM/ID or VM/latest; all points, and all that they share, if none is given.
+    /// Points: VM/ID, VM/latest or ID; all points, and all that they share, if none is given. If there is none at all, that is a failure
+    /// (exit status 1): nothing was verified.
     pub points: Vec<PointName>,
     #[command(flatten)]
     pub place: Where,
@@ -173,15 +180,20 @@ pub struct Verify {
     pub json: bool,
 }
 
-/// `forget`. A point that any rule keeps is kept; time is counted back from a VM's newest point.
+/// `forget`. A point that any rule keeps is kept; time is counted back from a VM's newest point. Rules are for repositories, --damaged is
+/// for directories.
 #[derive(Debug, Args)]
 #[command(group = clap::ArgGroup::new("rules").multiple(true).required(true))]
 pub struct Forget {
     /// Only this VM's points; each VM's if none is given.
     pub vm: Option<VmName>,
-    /// Target of the configuration file (needed only if it has several).
-    #[arg(long, value_name = "NAME")]
-    pub target: Option<String>,
+    #[command(flatten)]
+    pub place: Where,
+    /// Drop the damaged points of a directory: those of which nothing can be restored, or `any` that is not whole. All points are read.
+    /// One that a good point needs is kept.
+    #[arg(long, value_name = "WHICH", group = "rules", num_args = 0..=1, require_equals = true, default_missing_value = "beyond-use",
+          conflicts_with_all = ["keep_last", "keep_hourly", "keep_daily", "keep_weekly", "keep_monthly", "keep_yearly", "keep_within"])]
+    pub damaged: Option<Damaged>,
     /// Keep the newest N points.
     #[arg(long, value_name = "N", group = "rules")]
     pub keep_last: Option<u32>,
@@ -212,6 +224,15 @@ pub struct Forget {
     /// Print one JSON array.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Which damaged points.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Damaged {
+    /// Those of which nothing can be restored.
+    BeyondUse,
+    /// Those too of which a part can be restored.
+    Any,
 }
 
 /// `prune`.
@@ -285,10 +306,15 @@ pub struct Recover {
 /// `target`.
 #[derive(Debug, Subcommand)]
 pub enum Target {
-    /// Create the repository of a target of the configuration file (a directory target needs none).
+    /// Make a target: the repository of a target of the configuration file, or a directory that is empty or new. A directory also becomes
+    /// a target by the first backup, but only here where one was before.
     Init {
-        /// The target.
-        name: String,
+        /// A target of the configuration file.
+        #[arg(required_unless_present = "to", conflicts_with = "to")]
+        name: Option<String>,
+        /// A directory, instead of a target of the configuration file.
+        #[arg(long, value_name = "DIRECTORY")]
+        to: Option<PathBuf>,
     },
 }
 
@@ -304,8 +330,10 @@ mod test {
 
     #[test]
     fn a_point_is_a_vm_and_an_id() {
-        assert!("web01/latest".parse::<PointName>().unwrap().id.is_none());
-        assert!("web01/20261123T162855Z-00000001".parse::<PointName>().unwrap().id.is_some());
+        let id = "20261123T162855Z-00000001";
+        assert!(matches!("web01/latest".parse().unwrap(), PointName::LatestOf(_)));
+        assert!(matches!(format!("web01/{id}").parse().unwrap(), PointName::Of(..)));
+        assert!(matches!(id.parse().unwrap(), PointName::Alone(_)));
         for bad in ["web01", "../x/latest", "web01/../latest", "web01/x", "/latest", "a\0b/latest"] {
             assert!(bad.parse::<PointName>().is_err(), "{bad:?}");
         }

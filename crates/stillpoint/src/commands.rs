@@ -7,17 +7,19 @@ use crate::{
     doctor,
     failure::{Exit, Failure, Guest},
     interrupt::Interrupt,
-    progress::BytesProgress,
+    places::Places,
     provider_check,
     provider_failure::{TypedTarget, provider_failure},
-    repository, restore,
+    repository, restore, target,
     text::{self, note, print},
+    verify,
     vm::{self, Found},
 };
 use serde_json::json;
-use std::{io::IsTerminal as _, path::Path, sync::Arc, time::Instant};
+use std::{io::IsTerminal as _, path::Path};
 use stillpoint_model::{Length, PointId, VmName};
-use stillpoint_provider::{BitmapMode, Depth, Finding, PointSummary, Provider, VerifyReport};
+use stillpoint_provider::{BitmapMode, PointSummary, Provider};
+use stillpoint_provider_directory::DirectoryProvider;
 
 /// Runs the command and tells what came of it.
 pub async fn run(cli: Cli) -> Exit {
@@ -26,11 +28,13 @@ pub async fn run(cli: Cli) -> Exit {
         Command::Backup(arguments) => return backup(&cli.config, arguments).await,
         Command::Points(arguments) => points(&cli.config, &arguments).await,
         Command::Restore(arguments) => restore::run(&cli.config, &arguments).await,
-        Command::Verify(arguments) => verify(&cli.config, &arguments).await,
+        Command::Verify(arguments) => verify::run(&cli.config, &arguments).await,
         Command::Doctor(arguments) => doctor::run(&cli.config, &arguments).await,
         Command::Recover(arguments) => recover(&cli.config, &arguments).await,
         Command::Provider(command) => provider_check::run(&command).await,
-        Command::Target(cli::Target::Init { name }) => init(&cli.config, &name).await,
+        Command::Target(cli::Target::Init { name, to }) => {
+            target::init(&cli.config, name.as_deref(), to.as_deref()).await
+        }
         Command::Forget(arguments) => repository::forget(&cli.config, &arguments).await,
         Command::Prune(arguments) => repository::prune(&cli.config, &arguments).await,
         Command::Key(command) => repository::key(&cli.config, &command).await,
@@ -68,7 +72,7 @@ async fn backup(path: &Path, arguments: cli::Backup) -> Exit {
         failure.exit
     };
     let prepared = prepare(path, &arguments);
-    let (provider, vms) = match prepared {
+    let (provider, directory, vms) = match prepared {
         Ok(prepared) => prepared,
         Err(failure) => return fail(None, failure.before_the_guest()),
     };
@@ -83,6 +87,8 @@ async fn backup(path: &Path, arguments: cli::Backup) -> Exit {
             name: name.clone(),
             vm,
             provider: provider.as_ref(),
+            directory: directory.as_ref(),
+            places: Some(Places::of_this_host()),
             full: arguments.full,
             progress: watched(),
         };
@@ -110,9 +116,12 @@ async fn backup(path: &Path, arguments: cli::Backup) -> Exit {
 
 type Vms = Vec<(Option<VmName>, Vm)>;
 
-fn prepare(path: &Path, arguments: &cli::Backup) -> Result<(Box<dyn Provider>, Vms), Failure> {
+type Prepared = (Box<dyn Provider>, Option<DirectoryProvider>, Vms);
+
+fn prepare(path: &Path, arguments: &cli::Backup) -> Result<Prepared, Failure> {
     let config = Config::read(path)?;
     let provider = config.provider(&arguments.place, path)?;
+    let directory = config.directory(&arguments.place, path)?;
     let mut vms: Vms = if let Some(socket) = &arguments.qmp {
         let name = match arguments.vms.as_slice() {
             [] => None,
@@ -139,7 +148,7 @@ fn prepare(path: &Path, arguments: &cli::Backup) -> Result<(Box<dyn Provider>, V
     for (_, vm) in &mut vms {
         vm.exclude_now.clone_from(&arguments.exclude);
     }
-    Ok((provider, vms))
+    Ok((provider, directory, vms))
 }
 
 async fn points(path: &Path, arguments: &cli::Points) -> Result<Exit, Failure> {
@@ -152,7 +161,8 @@ async fn points(path: &Path, arguments: &cli::Points) -> Result<Exit, Failure> {
         return Ok(Exit::Done);
     }
     if found.is_empty() {
-        note(format!("no point in {}", provider.name()));
+        let of = arguments.vm.as_ref().map(|vm| format!(" of VM {vm}")).unwrap_or_default();
+        note(format!("no point{of} in {}", provider.name()));
         return Ok(Exit::Done);
     }
     let width =
@@ -191,120 +201,40 @@ async fn points(path: &Path, arguments: &cli::Points) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
-async fn list(provider: &dyn Provider, vm: Option<&VmName>) -> Result<Vec<PointSummary>, Failure> {
+pub(crate) async fn list(provider: &dyn Provider, vm: Option<&VmName>) -> Result<Vec<PointSummary>, Failure> {
     provider.points(vm).await.map_err(|error| provider_failure(&error, Guest::NotConcerned))
 }
 
 /// The point that a person means.
 ///
 /// # Errors
-/// If `latest` was typed and there is none.
-pub(crate) async fn resolve(provider: &dyn Provider, name: &PointName) -> Result<PointId, Failure> {
-    if let Some(id) = &name.id {
-        return Ok(id.clone());
-    }
-    let found = list(provider, Some(&name.vm)).await?;
-    let latest = found.into_iter().max_by_key(|point| point.sequence).map(|point| point.id);
-    latest.ok_or_else(|| {
-        Failure::new(Exit::Failed, format!("there is no point of VM {} in {}", name.vm, provider.name()))
+/// If there is none of that name, or more than one.
+pub(crate) async fn resolve(provider: &dyn Provider, name: &PointName) -> Result<(VmName, PointId), Failure> {
+    let place = provider.name();
+    let none = |what: String| {
+        Failure::new(Exit::Failed, format!("there is no {what} in {place}"))
             .next("stillpoint points{target}, to see what there is")
-    })
-}
-
-async fn verify(path: &Path, arguments: &cli::Verify) -> Result<Exit, Failure> {
-    let provider = Config::read(path)?.provider(&arguments.place, path)?;
-    let verified = verify_points(provider.as_ref(), arguments).await;
-    provider.close().await;
-    verified
-}
-
-/// What all points share. `None` if they share nothing.
-async fn verify_target(provider: &dyn Provider, depth: Depth) -> Result<Option<VerifyReport>, Failure> {
-    let progress = Arc::new(BytesProgress::start(watched(), provider.name()));
-    let report = provider.verify_target(depth, Arc::clone(&progress) as _).await;
-    progress.finish();
-    let report = report.map_err(|error| provider_failure(&error, Guest::NotConcerned))?;
-    if report.is_none() && depth != Depth::Full {
-        return Err(Failure::usage(format!(
-            "{} has points of their own, which are verified whole",
-            provider.name()
-        ))
-        .next("leave out --structure and --sample"));
-    }
-    Ok(report)
-}
-
-async fn verify_points(provider: &dyn Provider, arguments: &cli::Verify) -> Result<Exit, Failure> {
-    let started = Instant::now();
-    let depth = match (arguments.structure, arguments.sample) {
-        (true, _) => Depth::Structure,
-        (false, Some(percent)) => Depth::Sample(percent),
-        (false, None) => Depth::Full,
     };
-    let mut points = Vec::new();
-    let mut shared = None;
-    if arguments.points.is_empty() {
-        shared = verify_target(provider, depth).await?;
-        if depth == Depth::Full {
-            points.extend(list(provider, None).await?.into_iter().map(|point| (point.vm, point.id)));
+    match name {
+        PointName::Of(vm, id) => Ok((vm.clone(), id.clone())),
+        PointName::LatestOf(vm) => {
+            let found = list(provider, Some(vm)).await?;
+            let latest = found.into_iter().max_by_key(|point| point.sequence);
+            latest.map(|point| (point.vm, point.id)).ok_or_else(|| none(format!("point of VM {vm}")))
+        }
+        PointName::Alone(id) => {
+            let found = list(provider, None).await?;
+            let mut found = found.into_iter().filter(|point| point.id == *id);
+            let Some(first) = found.next() else { return Err(none(format!("point {id}"))) };
+            if let Some(other) = found.next() {
+                let what = format!("more than one VM has a point {id} in {place}");
+                return Err(
+                    Failure::usage(what).next(format!("name one: {}/{id} or {}/{id}", first.vm, other.vm))
+                );
+            }
+            Ok((first.vm, first.id))
         }
     }
-    for name in &arguments.points {
-        points.push((name.vm.clone(), resolve(provider, name).await?));
-    }
-    let (mut checked, mut damaged, mut results) = (Length::ZERO, 0usize, Vec::new());
-    if let Some(report) = &shared
-        && !arguments.json
-    {
-        let state = if report.findings.is_empty() { "good" } else { "DAMAGED" };
-        print(format!("{}  {state}, {} compared", provider.name(), text::bytes(report.checked)));
-        report.findings.iter().for_each(print_finding);
-    }
-    for (vm, id) in &points {
-        let progress = Arc::new(BytesProgress::start(watched(), format!("{vm}/{id}")));
-        let report = provider.verify(vm, id, Arc::clone(&progress) as _).await;
-        progress.finish();
-        let report = report.map_err(|error| provider_failure(&error, Guest::NotConcerned))?;
-        checked = checked.saturating_add(report.checked);
-        if !report.findings.is_empty() {
-            damaged = damaged.saturating_add(1);
-        }
-        let findings = &report.findings;
-        results.push(json!({"vm": vm, "point": id, "checked_bytes": report.checked, "findings": findings}));
-        if arguments.json {
-            continue;
-        }
-        if report.findings.is_empty() {
-            print(format!("{vm}/{id}  good, {} compared", text::bytes(report.checked)));
-        } else {
-            print(format!("{vm}/{id}  DAMAGED"));
-            report.findings.iter().for_each(print_finding);
-        }
-    }
-    let broken = shared.as_ref().is_some_and(|report| !report.findings.is_empty());
-    checked = checked.saturating_add(shared.as_ref().map_or(Length::ZERO, |report| report.checked));
-    if arguments.json {
-        print(json!({"points": results, "damaged": damaged, "checked_bytes": checked, "target": shared}));
-    } else if !points.is_empty() {
-        let good = points.len().saturating_sub(damaged);
-        print(format!(
-            "{good} good, {damaged} damaged; {} compared in {}",
-            text::bytes(checked),
-            text::duration(started.elapsed())
-        ));
-    }
-    let what = match damaged {
-        0 if !broken => return Ok(Exit::Done),
-        0 => format!("{} is damaged", provider.name()),
-        _ => format!("{damaged} of {} points are damaged", points.len()),
-    };
-    Err(Failure::new(Exit::Failed, what).next("make a new full point now: stillpoint backup VM --full"))
-}
-
-fn print_finding(finding: &Finding) {
-    let disk = finding.disk.as_ref().map(|disk| format!("disk {disk}: ")).unwrap_or_default();
-    let place = finding.offset.map(|offset| format!(" (at {offset})")).unwrap_or_default();
-    print(format!("  {disk}{}{place}", finding.what));
 }
 
 async fn recover(path: &Path, arguments: &cli::Recover) -> Result<Exit, Failure> {
@@ -326,21 +256,5 @@ async fn recover(path: &Path, arguments: &cli::Recover) -> Result<Exit, Failure>
         (_, false) => format!("undone: {undone} things; the VM is as it was"),
         (_, true) => format!("undone: {undone} things; the VM is off, as its guest wished"),
     });
-    Ok(Exit::Done)
-}
-
-async fn init(path: &Path, name: &str) -> Result<Exit, Failure> {
-    let config = Config::read(path)?;
-    let place = cli::Where { target: Some(name.to_owned()), to: None };
-    let provider = config.provider(&place, path)?;
-    let Ok(repository) = config.repository(Some(name), path) else {
-        print(format!("{} needs no initialisation; the first backup makes what it needs", provider.name()));
-        return Ok(Exit::Done);
-    };
-    repository.create().await.map_err(|error| provider_failure(&error, Guest::NotConcerned))?;
-    print(format!(
-        "{} is created; keep its password in a second place: without it nothing can be restored",
-        provider.name()
-    ));
     Ok(Exit::Done)
 }

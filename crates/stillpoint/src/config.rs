@@ -3,6 +3,7 @@
 use crate::{
     cli::{self, Where},
     failure::{Exit, Failure},
+    places::Places,
     runtime,
 };
 use serde::Deserialize;
@@ -322,8 +323,8 @@ impl Config {
     /// # Errors
     /// If nothing says where, or the target is unknown.
     pub(crate) fn provider(&self, place: &Where, path: &Path) -> Result<Box<dyn Provider>, Failure> {
-        if let Some(directory) = &place.to {
-            return Ok(Box::new(DirectoryProvider::new(directory.clone())));
+        if let Some(directory) = self.directory(place, path)? {
+            return Ok(Box::new(directory));
         }
         let (name, target) = self.target(place.target.as_deref(), path)?;
         if target.bandwidth_limit.is_some() && !matches!(target.provider, ProviderKind::Program(_)) {
@@ -340,15 +341,35 @@ impl Config {
                 })?;
                 Ok(Box::new(ProgramProvider::new(program.settings(target.bandwidth_limit))))
             }
-            ProviderKind::BuiltIn(kind) if kind == "directory" => match &target.directory {
-                Some(directory) => Ok(Box::new(DirectoryProvider::new(directory.clone()))),
-                None => Err(Failure::usage("a target of provider \"directory\" says no `directory`")),
-            },
+            ProviderKind::BuiltIn(kind) if kind == "directory" => {
+                Err(Failure::usage("a target of provider \"directory\" says no `directory`"))
+            }
             ProviderKind::BuiltIn(kind) if kind == "restic" => Ok(Box::new(target.restic(name)?)),
             ProviderKind::BuiltIn(other) => Err(Failure::usage(format!(
                 "target {name}: there is no provider {other:?}; there is \"directory\", \"restic\" and {{ program = \"/path\" }}"
             ))),
         }
+    }
+
+    /// Opens a target that is a directory, with what this host remembers of it; `None` if it is of another kind.
+    ///
+    /// # Errors
+    /// If nothing says where, or the target is unknown.
+    pub(crate) fn directory(&self, place: &Where, path: &Path) -> Result<Option<DirectoryProvider>, Failure> {
+        let directory = match &place.to {
+            Some(directory) => directory,
+            None => match self.target(place.target.as_deref(), path)?.1 {
+                Target {
+                    provider: ProviderKind::BuiltIn(kind),
+                    directory: Some(directory),
+                    bandwidth_limit: None,
+                    ..
+                } if kind == "directory" => directory,
+                _ => return Ok(None),
+            },
+        };
+        let before = Places::of_this_host().before(directory);
+        Ok(Some(DirectoryProvider::new(directory.clone()).known(before)))
     }
 
     /// Opens a target that is a repository, for what only those have.

@@ -1,10 +1,11 @@
 //! Is everything in place? Touches nothing; each finding comes with what to type next.
 
+mod target;
+
 use crate::{
     cli,
     config::{Config, Vm},
-    failure::{Exit, Failure, Guest},
-    provider_failure::{TypedTarget, provider_failure},
+    failure::{Exit, Failure},
     runtime,
     selection::{self, Selection},
     text::print,
@@ -81,7 +82,7 @@ pub(crate) async fn run(path: &Path, arguments: &cli::Doctor) -> Result<Exit, Fa
         look_at_vm(*name, vm, &mut report).await;
     }
     if arguments.place.to.is_some() || arguments.place.target.is_some() || !config.target.is_empty() {
-        look_at_target(&config, path, arguments, &mut report).await;
+        target::look(&config, path, arguments, &mut report).await;
     }
     match (report.bad, report.busy) {
         (0, 0) => {
@@ -189,38 +190,5 @@ fn look_at_fleecing(name: Option<&VmName>, vm: &Vm, report: &mut Report) {
                 Some(&next),
             );
         }
-    }
-}
-
-async fn look_at_target(config: &Config, path: &Path, arguments: &cli::Doctor, report: &mut Report) {
-    let named: Vec<_> = if arguments.place.to.is_some() || arguments.place.target.is_some() {
-        vec![arguments.place.clone()]
-    } else {
-        config.target.keys().map(|name| cli::Where { target: Some(name.clone()), to: None }).collect()
-    };
-    for place in named {
-        let provider = match config.provider(&place, path) {
-            Ok(provider) => provider,
-            Err(failure) => {
-                report.failure(&failure);
-                continue;
-            }
-        };
-        print(format!("target {}", provider.name()));
-        match provider.points(None).await {
-            Ok(points) => {
-                report.good(format!("{} points", points.len()));
-                for point in points.iter().filter(|point| point.damage.is_some()) {
-                    let damage = point.damage.as_deref().unwrap_or_default();
-                    let next = format!("stillpoint verify {}/{}", point.vm, point.id);
-                    report.bad(format!("{}/{}: {damage}", point.vm, point.id), Some(&next));
-                }
-            }
-            Err(error) => {
-                let failure = provider_failure(&error, Guest::NotConcerned);
-                report.failure(&failure.at(&TypedTarget::of(&place)));
-            }
-        }
-        provider.close().await;
     }
 }

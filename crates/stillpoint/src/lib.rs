@@ -17,6 +17,7 @@ mod config_files;
 mod doctor;
 mod failure;
 mod interrupt;
+mod places;
 mod progress;
 mod provider_check;
 mod provider_failure;
@@ -26,7 +27,9 @@ mod restore;
 mod runtime;
 mod selection;
 mod summary;
+mod target;
 mod text;
+mod verify;
 mod vm;
 
 pub use cli::Cli;

@@ -36,7 +36,7 @@ pub(crate) fn provider_failure(error: &Error, guest: Guest) -> Failure {
 fn next(kind: ErrorKind) -> Option<&'static str> {
     Some(match kind {
         ErrorKind::TargetMissing => {
-            "check the path, and that it is mounted if it should be; only to make a new repository there, type: stillpoint target init {name}"
+            "mount the target, or correct its path; only to make a new one there, type: stillpoint target init {name}"
         }
         ErrorKind::TargetForeign => "name the right target; nothing in this place was changed",
         ErrorKind::TargetReadOnly => "mount the target for writing, or run as a user that may write there",
@@ -67,7 +67,10 @@ impl TypedTarget {
     pub(crate) fn of(place: &Where) -> Self {
         match (&place.target, &place.to) {
             (Some(name), _) => Self { options: format!(" --target {}", word(name)), name: Some(word(name)) },
-            (None, Some(directory)) => Self { options: format!(" --to {}", path(directory)), name: None },
+            (None, Some(directory)) => {
+                let to = format!("--to {}", path(directory));
+                Self { options: format!(" {to}"), name: Some(to) }
+            }
             (None, None) => Self::default(),
         }
     }
@@ -80,15 +83,22 @@ impl TypedTarget {
             Command::Restore(restore) => return Self::of(&restore.place),
             Command::Verify(verify) => return Self::of(&verify.place),
             Command::Doctor(doctor) => return Self::of(&doctor.place),
-            Command::Forget(forget) => forget.target.clone(),
+            Command::Forget(forget) => return Self::of(&forget.place),
             Command::Prune(prune) => prune.target.clone(),
             Command::Key(Key::List { target, .. } | Key::Add { target, .. } | Key::Remove { target, .. }) => {
                 target.clone()
             }
-            Command::Target(Target::Init { name }) => Some(name.clone()),
+            Command::Target(Target::Init { name, to }) => {
+                return Self::of(&Where { target: name.clone(), to: to.clone() });
+            }
             Command::Recover(_) | Command::Provider(_) => None,
         };
         Self::of(&Where { target, to: None })
+    }
+
+    /// The options that name it, with a blank before them.
+    pub(crate) fn options(&self) -> &str {
+        &self.options
     }
 
     /// `next` with the target in it.

@@ -1,21 +1,22 @@
-//! Care for targets that are repositories: `forget`, `prune`, `key`.
+//! Care for what targets keep: `forget`, `prune`, `key`.
 
 use crate::{
     cli,
     commands::watched,
     config::Config,
     failure::{Exit, Failure, Guest},
-    progress::StepsProgress,
-    provider_failure::provider_failure,
+    progress::{BytesProgress, StepsProgress},
+    provider_failure::{TypedTarget, provider_failure},
     text::{self, note, print},
 };
 use serde_json::json;
 use std::{path::Path, sync::Arc};
 use stillpoint_model::Length;
-use stillpoint_provider::ErrorKind;
+use stillpoint_provider::{Error, ErrorKind, Provider as _};
+use stillpoint_provider_directory::{DirectoryProvider, Dropping, Judged};
 use stillpoint_provider_restic::{PasswordSource, Pruned, ResticProvider, Retention, Steps};
 
-fn failed(error: &stillpoint_provider::Error) -> Failure {
+fn failed(error: &Error) -> Failure {
     provider_failure(error, Guest::NotConcerned)
 }
 
@@ -24,7 +25,23 @@ fn failed(error: &stillpoint_provider::Error) -> Failure {
 /// # Errors
 /// If the target is no repository, or the repository refuses.
 pub(crate) async fn forget(path: &Path, arguments: &cli::Forget) -> Result<Exit, Failure> {
-    let repository = Config::read(path)?.repository(arguments.target.as_deref(), path)?;
+    let config = Config::read(path)?;
+    let directory = config.directory(&arguments.place, path)?;
+    if let Some(which) = arguments.damaged {
+        return damaged(&config, path, arguments, which, directory).await;
+    }
+    if let Some(directory) = directory {
+        let what = format!(
+            "{} keeps points that are increments to each other, and forgets none by rules",
+            directory.name()
+        );
+        let error = Error::new(ErrorKind::Unsupported, what);
+        let place = TypedTarget::of(&arguments.place).options().to_owned();
+        return Err(
+            failed(&error).next(format!("to drop damaged points: stillpoint forget --damaged{place}"))
+        );
+    }
+    let repository = config.repository(arguments.place.target.as_deref(), path)?;
     let retention = Retention {
         last: arguments.keep_last,
         hourly: arguments.keep_hourly,
@@ -64,6 +81,67 @@ pub(crate) async fn forget(path: &Path, arguments: &cli::Forget) -> Result<Exit,
         None => {}
     }
     Ok(Exit::Done)
+}
+
+/// Drops the damaged points of a directory.
+async fn damaged(
+    config: &Config,
+    path: &Path,
+    arguments: &cli::Forget,
+    which: cli::Damaged,
+    directory: Option<DirectoryProvider>,
+) -> Result<Exit, Failure> {
+    let Some(directory) = directory else {
+        let name = config.provider(&arguments.place, path)?.name();
+        let what = format!("{name} is no directory, and the damaged points of others are not dropped here");
+        return Err(failed(&Error::new(ErrorKind::Unsupported, what)).next(
+            "in a repository: `restic snapshots --tag point=ID` finds the snapshot of a point, and `restic forget` drops it",
+        ));
+    };
+    let which = match which {
+        cli::Damaged::BeyondUse => Dropping::BeyondUse,
+        cli::Damaged::Any => Dropping::Any,
+    };
+    let progress = Arc::new(BytesProgress::start(watched(), directory.name()));
+    let judged = directory
+        .drop_damaged(arguments.vm.as_ref(), which, arguments.dry_run, Arc::clone(&progress) as _)
+        .await;
+    progress.finish();
+    let judged = judged.map_err(|error| failed(&error))?;
+    let dropped = judged.iter().filter(|point| !point.keep).count();
+    if arguments.json {
+        print(json!({"points": judged, "forgotten": dropped, "dry_run": arguments.dry_run, "pruned": null}));
+        return Ok(Exit::Done);
+    }
+    for point in &judged {
+        tell_judged(point, arguments.dry_run);
+    }
+    let would = if arguments.dry_run { "would be " } else { "" };
+    let good = judged.iter().filter(|point| point.damage.is_none()).count();
+    let left = judged.len().saturating_sub(dropped);
+    print(format!("{dropped} points {would}dropped, {left} kept, {good} of them good"));
+    Ok(Exit::Done)
+}
+
+fn tell_judged(point: &Judged, dry_run: bool) {
+    let state = match (point.keep, dry_run, &point.damage) {
+        (true, _, None) => "good",
+        (true, _, Some(_)) => "damaged, kept",
+        (false, true, _) => "damaged, would be dropped",
+        (false, false, _) => "damaged, dropped",
+    };
+    let why = point.kept_because.as_ref().map(|why| format!(": {why}")).unwrap_or_default();
+    print(format!("{}/{}  {state}{why}", point.vm, point.point));
+    let Some(damage) = &point.damage else { return };
+    print(format!("  {damage}"));
+    if !point.restorable.is_empty() {
+        let disks: Vec<_> = point.restorable.iter().map(|disk| format!("--disk {disk}")).collect();
+        print(format!("  can be restored all the same: {}", disks.join(" ")));
+    }
+    if !point.keep && !point.dependents.is_empty() {
+        let dependents: Vec<_> = point.dependents.iter().map(|id| format!("{}/{id}", point.vm)).collect();
+        print(format!("  increments to it: {}", dependents.join(", ")));
+    }
 }
 
 /// Makes room.

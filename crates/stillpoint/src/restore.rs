@@ -10,13 +10,13 @@ use crate::{
     config::Config,
     failure::{Exit, Failure, Guest},
     interrupt::Interrupt,
-    progress::{BytesProgress, rate},
+    progress::BytesProgress,
     provider_failure::provider_failure,
     text::{self, print},
 };
 use std::{path::Path, sync::Arc, time::Instant};
 use stillpoint_image::{Directory, ImageWriter};
-use stillpoint_model::{DiskName, ExtentKind, Length, Offset, PointId, Range};
+use stillpoint_model::{DiskName, ExtentKind, Length, Offset, PointId, Range, VmName};
 use stillpoint_provider::{Progress as _, Provider, Restore, VolumeSource};
 use tokio::task::JoinSet;
 
@@ -37,15 +37,20 @@ pub(crate) async fn run(path: &Path, arguments: &cli::Restore) -> Result<Exit, F
 }
 
 async fn from(provider: &dyn Provider, arguments: &cli::Restore) -> Result<Exit, Failure> {
-    let id = resolve(provider, &arguments.point).await?;
+    let (vm, id) = resolve(provider, &arguments.point).await?;
     let failed = |error: stillpoint_provider::Error| provider_failure(&error, Guest::NotConcerned);
-    let restore = provider.restore_vm_init(&arguments.point.vm, &id).await.map_err(failed)?;
-    let restored = point(restore.as_ref(), &id, arguments).await;
+    let restore = provider.restore_vm_init(&vm, &id).await.map_err(failed)?;
+    let restored = point(restore.as_ref(), &vm, &id, arguments).await;
     restore.cleanup().await;
     restored
 }
 
-async fn point(restore: &dyn Restore, id: &PointId, arguments: &cli::Restore) -> Result<Exit, Failure> {
+async fn point(
+    restore: &dyn Restore,
+    vm: &VmName,
+    id: &PointId,
+    arguments: &cli::Restore,
+) -> Result<Exit, Failure> {
     let record = restore.record();
     let disks: Vec<(DiskName, Length)> = record
         .disks
@@ -68,7 +73,7 @@ async fn point(restore: &dyn Restore, id: &PointId, arguments: &cli::Restore) ->
     let interrupt = Interrupt::listen()
         .map_err(|error| Failure::because(Exit::Failed, "cannot listen for signals", &error))?;
     let started = Instant::now();
-    let progress = Arc::new(BytesProgress::start(watched(), format!("{}/{id}", arguments.point.vm)));
+    let progress = Arc::new(BytesProgress::start(watched(), format!("{vm}/{id}")));
     let total: Length = disks.iter().map(|(_, size)| *size).sum();
     progress.total(total);
     let writing = Writing { output: &output, format, extension, interrupt: &interrupt, progress: &progress };
@@ -84,11 +89,8 @@ async fn point(restore: &dyn Restore, id: &PointId, arguments: &cli::Restore) ->
         ));
     }
     print(format!(
-        "restored {}/{id}: {} in {} ({}/s), every byte compared with what was recorded",
-        arguments.point.vm,
-        text::bytes(total),
-        text::duration(elapsed),
-        text::bytes(rate(total, elapsed))
+        "restored {vm}/{id}: {}, every byte compared with what was recorded",
+        text::throughput(total, elapsed)
     ));
     Ok(Exit::Done)
 }

@@ -1,6 +1,6 @@
 //! What came of a backup: for a person, and as the JSON that scripts depend on.
 
-use crate::{failure::Exit, progress::rate, text};
+use crate::{failure::Exit, text};
 use serde_json::{Value, json};
 use std::{fmt, time::Duration};
 use stillpoint_model::{DiskName, Length};
@@ -64,7 +64,7 @@ impl Summary {
         };
         json!({
             "vm": self.record.vm,
-            "point": self.record.id,
+            "point": format!("{}/{}", self.record.vm, self.record.id),
             "result": if self.exit == Exit::Done { "done" } else { "left-behind" },
             "consistency": self.record.consistency,
             "consistency_reason": self.record.consistency_reason,
@@ -132,13 +132,7 @@ impl fmt::Display for Summary {
                 text::bytes(self.fleecing_peak_bytes)
             )?;
         }
-        write!(
-            f,
-            "  read {} in {} ({}/s)",
-            text::bytes(read),
-            text::duration(duration),
-            text::bytes(rate(read, duration))
-        )?;
+        write!(f, "  read {}", text::throughput(read, duration))?;
         for warning in &self.warnings {
             write!(f, "\n  warning: {warning}")?;
         }

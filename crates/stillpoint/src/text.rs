@@ -35,6 +35,16 @@ pub(crate) fn duration(duration: Duration) -> String {
     }
 }
 
+/// `200 MiB in 1.5 s (133 MiB/s)`. Of little nothing is said of a speed, which would be that of everything else.
+pub(crate) fn throughput(length: Length, elapsed: Duration) -> String {
+    let time = duration(elapsed);
+    match length.get() {
+        0 => format!("nothing in {time}"),
+        1..0x10_0000 => format!("{} in {time}", bytes(length)),
+        _ => format!("{} in {time} ({}/s)", bytes(length), bytes(crate::progress::rate(length, elapsed))),
+    }
+}
+
 /// Milliseconds with one digit behind the point.
 pub(crate) fn milliseconds(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 10_000.0).round() / 10.0
@@ -66,6 +76,14 @@ mod test {
         ] {
             assert_eq!(bytes(Length::new(number)), text);
         }
+    }
+
+    #[test]
+    fn a_speed_is_told_of_what_has_one() {
+        let told = |bytes, millis| throughput(Length::new(bytes), Duration::from_millis(millis));
+        assert_eq!(told(0, 142), "nothing in 142 ms");
+        assert_eq!(told(64 << 10, 142), "64.0 KiB in 142 ms");
+        assert_eq!(told(200 << 20, 2000), "200 MiB in 2.0 s (100 MiB/s)");
     }
 
     #[test]

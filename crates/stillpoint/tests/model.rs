@@ -285,7 +285,7 @@ impl Life {
         let summary = outcome.json().unwrap();
         let reused = |disk: &&Value| disk["bitmap_mode"] == "reuse";
         self.incrementals += summary["disks"].as_array().unwrap().iter().filter(reused).count();
-        self.points.insert((target, summary["point"].as_str().unwrap().to_owned()), contents);
+        self.points.insert((target, common::point_id(&summary).to_owned()), contents);
     }
 
     /// A point that nobody told of may have been made, or not.

@@ -180,7 +180,7 @@ fn whatever_a_provider_does_wrong_the_guest_and_the_chain_are_unharmed() {
         assert_eq!(machine.status().unwrap(), "running");
         machine.disk_io("vdb", &format!("write -P {number} 0 4k")).unwrap();
         let summary = good_backup(&machine);
-        let images = machine.work().join("images/vm").join(summary["point"].as_str().unwrap());
+        let images = machine.work().join("images/vm").join(common::point_id(&summary));
         let (vda, vdb) =
             (fs::read(images.join("vda.raw")).unwrap(), fs::read(images.join("vdb.raw")).unwrap());
         for earlier in 1..=number {
@@ -288,7 +288,7 @@ fn wrong_requests(qemu: &Qemu) {
         let outcome = wrong(&machine, "sends-wrong-requests");
         assert_eq!(outcome.status, 0, "{}", outcome.stderr);
         let summary = outcome.json().unwrap();
-        let image = machine.work().join("images/vm").join(summary["point"].as_str().unwrap()).join("vda.raw");
+        let image = machine.work().join("images/vm").join(common::point_id(&summary)).join("vda.raw");
         let image = fs::read(image).unwrap();
         for earlier in 1..=round {
             assert_eq!(u64::from(image[usize::try_from(earlier * MIB).unwrap()]), earlier);

@@ -94,7 +94,7 @@ fn restic_reads_every_point_of_a_guest_that_writes() {
         let output = place.work.join("ours");
         let name = point_name(point);
         assert_eq!(place.run(&["restore", &name, "--output", output.to_str().unwrap()]).status, 0);
-        let tag = format!("point={}", point["point"].as_str().unwrap());
+        let tag = format!("point={}", common::point_id(point));
         for disk in DISKS {
             let theirs = place.work.join("theirs");
             let mut dump = Command::new("restic");
@@ -414,7 +414,7 @@ fn a_repository_is_made_on_purpose_only_and_a_password_is_kept() {
 fn rules_decide_which_points_are_kept() {
     let machine = machine();
     let place = place(machine.work(), &machine.qmp());
-    let points: Vec<_> = (0..4).map(|_| place.backup()["point"].as_str().unwrap().to_owned()).collect();
+    let points: Vec<_> = (0..4).map(|_| common::point_id(&place.backup()).to_owned()).collect();
     let listed = || -> Vec<String> {
         let listed: Value = place.run(&["points", "--json"]).json().unwrap();
         listed.as_array().unwrap().iter().map(|point| point["id"].as_str().unwrap().to_owned()).collect()

@@ -8,11 +8,12 @@ use std::{
     process::{Command, Stdio},
 };
 
-/// The `stillpoint` program, with a runtime directory of its own.
+/// The `stillpoint` program, with a runtime directory and a memory of its own.
 #[derive(Debug, Clone)]
 pub struct Tool {
     program: PathBuf,
     runtime: PathBuf,
+    state: PathBuf,
     environment: Vec<(String, String)>,
 }
 
@@ -39,9 +40,10 @@ impl Outcome {
 }
 
 impl Tool {
-    /// `program`, keeping its sockets and locks in `runtime`.
+    /// `program`, keeping its sockets, its locks and what it remembers below `runtime`.
     pub fn new(program: impl Into<PathBuf>, runtime: &Path) -> Self {
-        Self { program: program.into(), runtime: runtime.join("run"), environment: Vec::new() }
+        let (run, state) = (runtime.join("run"), runtime.join("state"));
+        Self { program: program.into(), runtime: run, state, environment: Vec::new() }
     }
 
     /// Adds a variable to its environment.
@@ -54,7 +56,9 @@ impl Tool {
     /// A command to add to, with nothing of the caller's terminal.
     pub fn command<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Command {
         let mut command = Command::new(&self.program);
-        command.args(arguments).env("STILLPOINT_RUNTIME_DIRECTORY", &self.runtime).stdin(Stdio::null());
+        command.args(arguments).stdin(Stdio::null());
+        command.env("STILLPOINT_RUNTIME_DIRECTORY", &self.runtime);
+        command.env("STILLPOINT_STATE_DIRECTORY", &self.state);
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command
     }

@@ -93,10 +93,8 @@ impl Place {
         if path.exists() {
             fs::remove_dir_all(&path)?;
         }
-        if target == "directory" {
-            fs::create_dir(&path)?;
-        }
-        if target == "repository" {
+        // Where a target was before, none is made in passing.
+        if target == "directory" || target == "repository" {
             let status = self.stillpoint(&["target", "init", target]).output()?.status;
             anyhow::ensure!(status.success(), "target init {target}");
         }

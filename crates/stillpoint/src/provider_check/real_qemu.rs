@@ -143,7 +143,9 @@ impl Machine {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         let vm = Vm::at(self.monitor.clone(), None);
-        let job = Job { name: Some(name.clone()), vm: &vm, provider, full: false, progress: false };
+        let name = Some(name.clone());
+        let job =
+            Job { name, vm: &vm, provider, directory: None, places: None, full: false, progress: false };
         let interrupt = Interrupt::listen().map_err(text)?;
         let summary = job.run(&interrupt).await.map_err(|failure| failure.what().to_owned())?;
         let qmp = Qmp::connect(&self.monitor, Deadlines::default()).await.map_err(text)?;

@@ -8,10 +8,12 @@
     reason = "tests: a panic is a failed test"
 )]
 
+mod damaged;
 mod front_end;
 mod machine;
 mod monitor;
 mod names;
+mod place;
 mod target;
 
 use serde_json::{Value, json};
@@ -134,7 +136,8 @@ impl Place {
         self.image("vda.img", 2 * MIB);
         let _vm = self.machine(&["vda.img"], &[]);
         let outcome = self.run(&["backup", "box", "--qmp", "@qmp", "--to", "@target", "--json"]);
-        outcome.json().unwrap()["point"].as_str().unwrap().to_owned()
+        let summary = outcome.json().unwrap();
+        summary["point"].as_str().unwrap().strip_prefix("box/").unwrap().to_owned()
     }
 
     /// The program lists no point in the target.

@@ -107,7 +107,14 @@ pub fn write_noise(machine: &mut BareMachine) {
 
 /// The point's name as it is typed.
 pub fn point_name(summary: &Value) -> String {
-    format!("{}/{}", summary["vm"].as_str().unwrap(), summary["point"].as_str().unwrap())
+    summary["point"].as_str().unwrap().to_owned()
+}
+
+/// The point's id, without its VM.
+pub fn point_id(summary: &Value) -> &str {
+    let (vm, id) = summary["point"].as_str().unwrap().split_once('/').unwrap();
+    assert_eq!(summary["vm"], vm);
+    id
 }
 
 /// Restores `point` next to the target and asks the oracle; the images of `disks`, in the storm's order.
@@ -239,7 +246,7 @@ impl<'a> Cuts<'a> {
         let after = self.guest.block_graph().unwrap();
         assert_eq!(before.without_bitmaps(), after.clone().without_bitmaps());
         assert_eq!(after.bitmaps.len(), self.disks.len(), "{:?}", after.bitmaps);
-        let point = summary["point"].as_str().unwrap();
+        let point = point_id(&summary);
         assert!(after.bitmaps.iter().all(|(_, name)| name.contains(point)), "{:?}", after.bitmaps);
         self.pauses.push(summary["pause_ms"].as_f64().unwrap());
         summary
