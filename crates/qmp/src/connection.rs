@@ -356,7 +356,7 @@ async fn receive_greeting(stream: &UnixStream, decoder: &mut LineDecoder) -> Res
 
 fn stopped(path: &Path, pid: u32) -> Error {
     let context = format!("process {pid} does not answer on {}: it is stopped (SIGSTOP)", path.display());
-    Error::new(ErrorKind::Stopped, context)
+    Error::new(ErrorKind::Stopped(pid), context)
 }
 
 fn not_qmp(said: &[u8]) -> Error {

@@ -25,8 +25,8 @@ pub enum ErrorKind {
     Timeout(&'static str),
     /// This command was not sent, or its answer is not awaited any more, because QEMU left another one unanswered.
     Silent,
-    /// Connected, but QEMU's process is stopped (`SIGSTOP`, a debugger), so that it cannot answer.
-    Stopped,
+    /// Connected, but QEMU's process, which this is the number of, is stopped (`SIGSTOP`, a debugger) and cannot answer.
+    Stopped(u32),
     /// The peer broke the protocol: malformed, too long, not UTF-8, or not the answer that the command has.
     Protocol,
     /// The peer answered with an error; see [`Error::class`] and [`Error::desc`].

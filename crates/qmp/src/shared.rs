@@ -13,15 +13,18 @@ use serde_json::Value;
 use std::{
     collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Instant,
+    time::{Duration, Instant},
 };
 use tokio::{
     sync::{oneshot, watch},
-    time::{Instant as TokioInstant, timeout_at},
+    time::{Instant as TokioInstant, timeout, timeout_at},
 };
 
 /// A reply, and when it was read from the socket.
 type Arrival = (Result<Value>, Instant);
+
+/// How long an answer that has arrived may take to be read.
+const UNREAD: Duration = Duration::from_millis(500);
 
 /// Whose deadline a wait has, and so what it means when it is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -149,7 +152,7 @@ impl Shared {
 
     /// Waits until a silence is over, but no longer than `grace` from its beginning; tells whether it is. A peer that
     /// falls silent again is not waited for.
-    pub(crate) async fn answers_again(&self, grace: std::time::Duration) -> bool {
+    pub(crate) async fn answers_again(&self, grace: Duration) -> bool {
         let Some((since, silences)) = ({
             let state = self.lock();
             state.silence.as_ref().map(|silence| (silence.since, state.silences))
@@ -213,12 +216,15 @@ impl Slot {
                 let error = Error::new(ErrorKind::Disconnected, format!("{} got no answer", self.command));
                 (Err(error), Instant::now())
             }
-            Err(_) => {
-                if wait == Wait::AsThePeerIsGiven {
+            Err(_) if wait == Wait::AsTheCallerLikes => (Err(timed_out(self.command)), Instant::now()),
+            // If this process was stopped meanwhile, the answer may be there and only unread.
+            Err(_) => match timeout(UNREAD, &mut self.reply).await {
+                Ok(Ok(arrival)) => arrival,
+                _ => {
                     self.shared.fell_silent(self.id, self.command);
+                    (Err(timed_out(self.command)), Instant::now())
                 }
-                (Err(timed_out(self.command)), Instant::now())
-            }
+            },
         }
     }
 }

@@ -199,7 +199,7 @@ async fn a_stopped_qemu_is_told_as_such_and_answers_again_once_it_goes_on() {
         assert!(qmp.peer_is_stopped());
         assert_eq!(qmp.execute(Command::new("cont")).await.unwrap_err().kind(), ErrorKind::Silent);
         let error = Qmp::connect(&qemu.path("pretty"), hasty).await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Stopped, "{error}");
+        assert_eq!(error.kind(), ErrorKind::Stopped(qemu.child.id()), "{error}");
         assert!(error.to_string().contains(&format!("process {}", qemu.child.id())), "{error}");
         qemu.signal("CONT");
         assert!(qmp.answers_again().await && !qmp.peer_is_stopped());

@@ -4,6 +4,7 @@ use crate::{
     bitmap::Chain,
     error::{Error, ErrorKind, Result},
     freeze::Freeze,
+    guest::{IoErrors, Pulse, go_on_after_want_of_space},
     inspect::{Disk, Machine},
     journal::Journal,
     listener::Listener,
@@ -107,6 +108,8 @@ pub struct SnapshotAccess {
     pub(crate) held_power: bool,
     pub(crate) instant: Instant,
     pub(crate) freeze: Freeze,
+    pub(crate) pulse: Option<Pulse>,
+    pub(crate) errors: IoErrors,
 }
 
 pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
@@ -135,7 +138,7 @@ impl SnapshotAccess {
             Err(error) => Err(error),
         };
         match taken {
-            Ok((instant, opened)) => Ok(taking.hold(plan, &settings, opened, instant)),
+            Ok((instant, opened)) => Ok(taking.hold(plan, &settings, opened, instant, machine.running)),
             Err(error) => Err(taking.give_up(error).await),
         }
     }
@@ -186,6 +189,11 @@ impl SnapshotAccess {
         self.watch.now_and_peak()
     }
 
+    /// What the guest's own I/O met meanwhile that is no reason to end the run, a line for each.
+    pub fn io_errors(&self) -> Vec<String> {
+        self.errors.lines()
+    }
+
     /// A handle that ends all reading: every call on a volume fails from then on.
     pub fn canceller(&self) -> Canceller {
         Canceller(self.stop.clone())
@@ -204,12 +212,21 @@ impl SnapshotAccess {
             // Awaited, so that nobody holds a connection any more when the server stops (CVE-2024-7409).
             let _ = task.await;
         }
-        let hangs = self.steps.storage_hangs(self.watch.images(), failed).await;
-        if hangs.is_none() {
-            for volume in self.volumes.drain(..) {
-                volume.close().await;
+        drop(self.pulse.take());
+        let mut hangs = None;
+        if self.qmp.answers_again().await {
+            hangs = self.steps.storage_hangs(self.watch.images(), failed).await;
+            if hangs.is_none() {
+                // Each may have to wait for its last request.
+                let closing =
+                    self.volumes.drain(..).map(|volume| tokio::spawn(async move { volume.close().await }));
+                for closing in closing.collect::<Vec<_>>() {
+                    let _ = closing.await;
+                }
+                self.watch.count();
             }
-            self.watch.count();
+        } else {
+            self.volumes.drain(..).for_each(|volume| volume.abandon());
         }
         let (_, peak) = self.watch.now_and_peak();
         let first = match hangs {
@@ -218,6 +235,14 @@ impl SnapshotAccess {
         };
         if first.is_none() {
             self.watch.empty();
+            let want_of_space =
+                matches!(&*self.stop.borrow(), Some(Stop::IoError(error)) if error.stops && error.no_space);
+            if want_of_space {
+                match go_on_after_want_of_space(&self.qmp).await {
+                    Ok(runs) => tracing::warn!(runs, "the guest, which had run out of space, was let go on"),
+                    Err(error) => tracing::warn!(error = error_chain(&error), "the guest was not let go on"),
+                }
+            }
         }
         drop(self.listener.take());
         self.steps.incomplete |= self.freeze.still_frozen.is_some();
@@ -226,7 +251,12 @@ impl SnapshotAccess {
             None => Ok(peak),
             Some(ended) if ended.kind() == ErrorKind::Ended => Err(ended),
             Some(first) => {
-                Err(Error::new(ErrorKind::LeftBehind, "something is left in the VM").because(first))
+                let context = if first.kind() == ErrorKind::Silent {
+                    "QEMU does not answer, so parts of this run are still in the VM"
+                } else {
+                    "something is left in the VM"
+                };
+                Err(Error::new(ErrorKind::LeftBehind, context).because(first))
             }
         };
         (chain, result)

@@ -11,8 +11,10 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum ErrorKind {
     /// This VM is refused, because going on is known to harm its guest or to give a wrong point.
     Refused,
-    /// QEMU answered a command with an error, or not at all.
+    /// QEMU answered a command with an error.
     Qmp,
+    /// QEMU does not answer. What was sent to it may still take effect.
+    Silent,
     /// The disk could not be read at its point.
     Read,
     /// What QEMU says does not add up.

@@ -4,6 +4,7 @@ use crate::{
     direct::{DirectImage, Proof, Proven, join},
     discard::DiscardPlanner,
     fleecing::FleecingImage,
+    guest::IoError,
 };
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
@@ -38,8 +39,17 @@ pub(crate) fn reads_within(qemu: (u32, u32, u32), cluster: Granularity, off: boo
 #[derive(Debug, Clone)]
 pub(crate) enum Stop {
     Cancelled,
-    OverBudget { used: Length, budget: Length },
-    Migration { state: String },
+    OverBudget {
+        used: Length,
+        budget: Length,
+    },
+    Migration {
+        state: String,
+    },
+    /// The guest stopped, or will, since the host's storage fails it.
+    IoError(IoError),
+    /// QEMU does not answer.
+    Silent,
 }
 
 /// One disk of a held instant. It reads through two connections, since QEMU answers a block status request for all of
@@ -88,6 +98,14 @@ impl AccessVolume {
             if let Err(error) = client.disconnect().await {
                 tracing::debug!(disk = %self.name, %error, "an NBD connection did not end well");
             }
+        }
+    }
+
+    /// Ends both connections at once, for a QEMU that does not answer.
+    pub(crate) fn abandon(&self) {
+        self.data.abandon();
+        if let Some((client, _)) = &self.dirty {
+            client.abandon();
         }
     }
 
@@ -239,6 +257,17 @@ impl AccessVolume {
             Stop::Migration { state } => Error::new(
                 ErrorKind::Source,
                 format!("somebody began to migrate this VM (status {state}), so the run made way"),
+            ),
+            Stop::IoError(error) => {
+                let stops = if error.stops { ", which stopped the guest (io-error)" } else { "" };
+                let context = format!(
+                    "{error}{stops}; the run gave up its snapshot at once, so that the guest can go on"
+                );
+                Error::new(ErrorKind::Source, context)
+            }
+            Stop::Silent => Error::new(
+                ErrorKind::Source,
+                format!("disk {} can no longer be read: QEMU does not answer", self.name),
             ),
             Stop::OverBudget { used, budget } => Error::new(
                 ErrorKind::Source,

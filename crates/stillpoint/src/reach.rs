@@ -2,7 +2,7 @@
 
 use crate::{
     config::Vm,
-    failure::{Exit, Failure, Guest},
+    failure::{Exit, Failure, Guest, StateAtTheEnd},
     runtime, text,
     vm::{self, Found, LockedVm},
 };
@@ -11,7 +11,7 @@ use stillpoint_model::VmName;
 use stillpoint_provider::{PointRecord, Provider};
 use stillpoint_qmp::Qmp;
 use stillpoint_snapshot_access::{
-    ErrorKind as AccessErrorKind, Machine, OfflineDisk, OfflineImages, RunLock,
+    ErrorKind as AccessErrorKind, GuestState, Machine, OfflineDisk, OfflineImages, RunLock,
 };
 
 /// A VM in our hands; to be [released](Self::release) on every way out.
@@ -66,11 +66,19 @@ impl ReachedVm {
                 .guest(Guest::Ended)
                 .next("start the VM, then run the backup again"));
         }
-        let machine = Machine::inspect(&qmp).await.map_err(|error| {
-            let exit =
-                if error.kind() == AccessErrorKind::LeftBehind { Exit::LeftBehind } else { Exit::Failed };
-            Failure::because(exit, "this VM cannot be backed up as it is", &error).guest(Guest::Untouched)
-        })?;
+        let machine = match Machine::inspect(&qmp).await {
+            Ok(machine) => machine,
+            Err(error) => {
+                let exit =
+                    if error.kind() == AccessErrorKind::LeftBehind { Exit::LeftBehind } else { Exit::Failed };
+                let what = match error.kind() {
+                    AccessErrorKind::Silent => vm::SILENT,
+                    _ => "this VM cannot be backed up as it is",
+                };
+                let failure = Failure::because(exit, what, &error).guest(Guest::Untouched);
+                return Err(vm::with_state(failure, &qmp).await);
+            }
+        };
         let (images, recorded) = (None, false);
         Ok(Self { qmp, machine, recover, recorded, images, _running: Some(locked), _off: Vec::new() })
     }
@@ -103,6 +111,12 @@ impl ReachedVm {
         let recover = "stillpoint backup, again".to_owned();
         let qmp = images.qmp.clone();
         Ok(Self { qmp, machine, recover, recorded, images: Some(images), _running: None, _off: locks })
+    }
+
+    /// What the guest does now, and whether it ran when the VM was looked at.
+    pub(crate) async fn guest(&self) -> StateAtTheEnd {
+        let now = if self.machine.off { GuestState::Off } else { GuestState::ask(&self.qmp).await };
+        StateAtTheEnd { now, ran: self.machine.running }
     }
 
     /// Lets go of it.
