@@ -6,7 +6,7 @@ use crate::{
     error::{Error, ErrorKind, Result, shown},
     event::EventStream,
     line::LineDecoder,
-    process::is_stopped,
+    process::{is_stopped, stopped_listener},
     shared::{Shared, Slot, Wait},
     socket,
     version::{self, Version},
@@ -107,7 +107,11 @@ impl Qmp {
     /// Dropping the future closes the connection.
     pub async fn connect(path: &Path, deadlines: Deadlines) -> Result<Self> {
         let deadline = socket::deadline(deadlines.connect);
-        let stream = socket::open(path, deadline).await?;
+        let stream = socket::open(path, deadline).await.map_err(|error| {
+            // A stopped QEMU lets nobody in, and those that gave up still stand in the socket's queue.
+            let stopped_process = (error.kind() == ErrorKind::Busy).then(|| stopped_listener(path)).flatten();
+            stopped_process.map_or(error, |pid| stopped(path, pid))
+        })?;
         let peer_pid = socket::peer_pid(&stream);
         let mut decoder = LineDecoder::messages(GREETING);
         let greeting = timeout_at(deadline, receive_greeting(&stream, &mut decoder)).await;

@@ -18,7 +18,7 @@ use std::{ffi::OsString, path::PathBuf, sync::Arc, time::Duration};
 use stillpoint_model::{DiskName, Generation, Granularity, Length, PointId, TargetId};
 use stillpoint_provider::{BitmapMode, Consistency, Volume, VolumeSource};
 use stillpoint_qmp::Qmp;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 
 /// How one disk is to be read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -199,6 +199,19 @@ impl SnapshotAccess {
         Canceller(self.stop.clone())
     }
 
+    /// Each may have to wait for its last request, which a QEMU that does not answer never answers either.
+    async fn close_volumes(&mut self) {
+        let mut closing = JoinSet::new();
+        for volume in &self.volumes {
+            let volume = Arc::clone(volume);
+            closing.spawn(async move { volume.close().await });
+        }
+        tokio::select! {
+            () = async { while closing.join_next().await.is_some() {} } => {}
+            () = self.qmp.silence() => self.volumes.iter().for_each(|volume| volume.abandon()),
+        }
+    }
+
     /// Takes the VM's block graph back to what it was. The bitmaps stay, both of them, until the outcome of the run
     /// is known: that is what the returned [`Chain`] is for. `failed` says that the disks could not be read to the end.
     ///
@@ -212,22 +225,17 @@ impl SnapshotAccess {
             // Awaited, so that nobody holds a connection any more when the server stops (CVE-2024-7409).
             let _ = task.await;
         }
-        drop(self.pulse.take());
         let mut hangs = None;
         if self.qmp.answers_again().await {
             hangs = self.steps.storage_hangs(self.watch.images(), failed).await;
             if hangs.is_none() {
-                // Each may have to wait for its last request.
-                let closing =
-                    self.volumes.drain(..).map(|volume| tokio::spawn(async move { volume.close().await }));
-                for closing in closing.collect::<Vec<_>>() {
-                    let _ = closing.await;
-                }
+                self.close_volumes().await;
                 self.watch.count();
             }
         } else {
-            self.volumes.drain(..).for_each(|volume| volume.abandon());
+            self.volumes.iter().for_each(|volume| volume.abandon());
         }
+        drop(self.pulse.take());
         let (_, peak) = self.watch.now_and_peak();
         let first = match hangs {
             Some(error) => Some(error),

@@ -93,12 +93,14 @@ impl AccessVolume {
     pub(crate) async fn close(&self) {
         let past_qemu = self.past_qemu.load(Ordering::Relaxed);
         tracing::debug!(disk = %self.name, read = self.read_bytes().get(), past_qemu, "bytes read");
-        let map = self.dirty.as_ref().map(|(client, _)| client.clone());
-        for client in [Some(self.data.clone()), map].into_iter().flatten() {
+        let end = async |client: Option<Client>| {
+            let Some(client) = client else { return };
             if let Err(error) = client.disconnect().await {
                 tracing::debug!(disk = %self.name, %error, "an NBD connection did not end well");
             }
-        }
+        };
+        let map = self.dirty.as_ref().map(|(client, _)| client.clone());
+        tokio::join!(end(Some(self.data.clone())), end(map));
     }
 
     /// Ends both connections at once, for a QEMU that does not answer.
