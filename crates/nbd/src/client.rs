@@ -326,12 +326,19 @@ impl Client {
         };
         let result =
             within(inner.deadlines.request, closing, || "closing the NBD connection".to_owned()).await;
+        self.abandon();
+        result
+    }
+
+    /// Closes at once, whatever is in flight: for a server that is known not to answer. All requests, of other clones too,
+    /// fail with [`ErrorKind::Disconnected`].
+    pub fn abandon(&self) {
+        let inner = &self.inner;
         inner.slots.close();
         for task in &inner.tasks {
             task.abort();
         }
         inner.shared.fail(Error::new(ErrorKind::Disconnected, "the NBD connection was closed by us"));
-        result
     }
 
     fn check(&self, range: Range, which: u16) -> Result<()> {

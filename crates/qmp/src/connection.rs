@@ -6,7 +6,8 @@ use crate::{
     error::{Error, ErrorKind, Result, shown},
     event::EventStream,
     line::LineDecoder,
-    shared::{Shared, Slot},
+    process::{is_stopped, stopped_listener},
+    shared::{Shared, Slot, Wait},
     socket,
     version::{self, Version},
 };
@@ -20,7 +21,7 @@ use std::{
 };
 use tokio::{
     net::UnixStream,
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
     time::{Instant, timeout_at},
 };
 
@@ -35,13 +36,20 @@ const GREETING: usize = 64 << 10;
 pub struct Deadlines {
     /// For connecting, the greeting and `qmp_capabilities` together; 5 s by default.
     pub connect: Duration,
-    /// For one command, or for all commands of a pipeline; 60 s by default.
+    /// For one command, or for all commands of a pipeline; 40 s by default. What waits for a guest's writes on slow storage
+    /// (`stop`, whatever drains a disk) can take that long in earnest.
     pub command: Duration,
+    /// How much longer [`Qmp::answers_again`] waits for what was not answered within that; 20 s by default.
+    pub grace: Duration,
 }
 
 impl Default for Deadlines {
     fn default() -> Self {
-        Self { connect: Duration::from_secs(5), command: Duration::from_secs(60) }
+        Self {
+            connect: Duration::from_secs(5),
+            command: Duration::from_secs(40),
+            grace: Duration::from_secs(20),
+        }
     }
 }
 
@@ -50,6 +58,11 @@ impl Default for Deadlines {
 /// A clone is another handle of the same connection. A task in the background reads and writes; it ends, and the
 /// connection closes, when the last handle is dropped or when the peer goes away or breaks the protocol. After such an
 /// end every pending and every later call fails with the reason, and event streams end.
+///
+/// # Silence
+/// QEMU runs the commands of a monitor one after the other. Once one was not answered within [`Deadlines::command`], it is
+/// *silent*: whatever is pending fails, and every later call fails at once with [`ErrorKind::Silent`] and sends nothing,
+/// which QEMU would only run when nobody expects it any more. It ends when QEMU has answered all that was sent.
 ///
 /// # Cancellation
 /// A command that was begun (its future was polled once) is sent as a whole, also if its future is dropped then or if
@@ -67,6 +80,8 @@ struct Inner {
     outgoing: mpsc::UnboundedSender<Outgoing>,
     /// Dropped with the last handle, which the driver sees.
     _held: oneshot::Sender<()>,
+    /// Closed once the driver has ended.
+    driving: watch::Receiver<()>,
     /// QEMU keeps only the descriptors that it received last, so a second one must not arrive before the first was
     /// taken.
     descriptors: tokio::sync::Mutex<()>,
@@ -85,13 +100,18 @@ impl Qmp {
     /// # Errors
     /// [`ErrorKind::NoSocket`], [`ErrorKind::Refused`] and [`ErrorKind::Permission`] as the socket says;
     /// [`ErrorKind::Busy`] if no greeting comes within the deadline, which is what QEMU does to a second client;
+    /// [`ErrorKind::Stopped`] if none comes because the process behind the socket is stopped;
     /// [`ErrorKind::NotQmp`] if something else comes; [`ErrorKind::Disconnected`] if the peer closes.
     ///
     /// # Cancellation
     /// Dropping the future closes the connection.
     pub async fn connect(path: &Path, deadlines: Deadlines) -> Result<Self> {
         let deadline = socket::deadline(deadlines.connect);
-        let stream = socket::open(path, deadline).await?;
+        let stream = socket::open(path, deadline).await.map_err(|error| {
+            // A stopped QEMU lets nobody in, and those that gave up still stand in the socket's queue.
+            let stopped_process = (error.kind() == ErrorKind::Busy).then(|| stopped_listener(path)).flatten();
+            stopped_process.map_or(error, |pid| stopped(path, pid))
+        })?;
         let peer_pid = socket::peer_pid(&stream);
         let mut decoder = LineDecoder::messages(GREETING);
         let greeting = timeout_at(deadline, receive_greeting(&stream, &mut decoder)).await;
@@ -102,13 +122,17 @@ impl Qmp {
         let stream = Arc::new(stream);
         let (outgoing, queued) = mpsc::unbounded_channel();
         let (held, released) = oneshot::channel();
-        tokio::spawn(driver::drive(Arc::clone(&stream), Arc::clone(&shared), decoder, queued, released));
+        let (running, driving) = watch::channel(());
+        let driver =
+            driver::drive(Arc::clone(&stream), Arc::clone(&shared), decoder, queued, released, running);
+        tokio::spawn(driver);
         let descriptors = tokio::sync::Mutex::default();
         let inner = Inner {
             shared,
             stream,
             outgoing,
             _held: held,
+            driving,
             descriptors,
             deadlines,
             version,
@@ -116,7 +140,12 @@ impl Qmp {
             path: path.to_owned(),
         };
         let qmp = Self { inner: Arc::new(inner) };
-        qmp.transact(Command::new("qmp_capabilities"), None, deadline).await?;
+        let ready = Command::new("qmp_capabilities");
+        let ready = qmp.transact(ready, None, deadline, Wait::AsTheCallerLikes).await;
+        ready.map_err(|error| match (error.kind(), peer_pid.filter(|pid| is_stopped(*pid))) {
+            (ErrorKind::Timeout(_), Some(pid)) => stopped(path, pid),
+            _ => error,
+        })?;
         tracing::debug!(version = %qmp.inner.version, pid = peer_pid, "connected to QEMU");
         Ok(qmp)
     }
@@ -132,6 +161,11 @@ impl Qmp {
         self.inner.peer_pid
     }
 
+    /// Whether that process is stopped, by a signal or by a debugger.
+    pub fn peer_is_stopped(&self) -> bool {
+        self.inner.peer_pid.is_some_and(is_stopped)
+    }
+
     /// The path that the monitor was reached by.
     pub fn path(&self) -> &Path {
         &self.inner.path
@@ -141,15 +175,16 @@ impl Qmp {
     ///
     /// # Errors
     /// [`ErrorKind::Command`] if QEMU refused it; [`ErrorKind::Timeout`] if it was not answered in time;
-    /// [`ErrorKind::Disconnected`] or [`ErrorKind::Protocol`] if the connection ended.
+    /// [`ErrorKind::Silent`] if it was not sent, since another one was not; [`ErrorKind::Disconnected`] or [`ErrorKind::Protocol`] if the connection ended.
     ///
     /// # Cancellation
     /// See [`Qmp`].
     pub async fn execute(&self, command: Command) -> Result<Value> {
-        self.execute_within(command, self.inner.deadlines.command).await
+        let deadline = socket::deadline(self.inner.deadlines.command);
+        self.transact(command, None, deadline, Wait::AsThePeerIsGiven).await
     }
 
-    /// [`Qmp::execute`] with a deadline of its own.
+    /// [`Qmp::execute`] with a deadline of its own, which says nothing of QEMU when it has passed.
     ///
     /// # Errors
     /// As [`Qmp::execute`].
@@ -157,7 +192,7 @@ impl Qmp {
     /// # Cancellation
     /// See [`Qmp`].
     pub async fn execute_within(&self, command: Command, deadline: Duration) -> Result<Value> {
-        self.transact(command, None, socket::deadline(deadline)).await
+        self.transact(command, None, socket::deadline(deadline), Wait::AsTheCallerLikes).await
     }
 
     /// [`Qmp::execute`], with a descriptor passed along with the command's first byte (`SCM_RIGHTS`): for `getfd` and
@@ -177,7 +212,7 @@ impl Qmp {
         let deadline = socket::deadline(self.inner.deadlines.command);
         let turn = timeout_at(deadline, self.inner.descriptors.lock()).await;
         let _turn = turn.map_err(|_| timed_out(name))?;
-        self.transact(command, Some(fd), deadline).await
+        self.transact(command, Some(fd), deadline, Wait::AsThePeerIsGiven).await
     }
 
     /// Sends all `commands` in one buffer before any reply is awaited, and gives all replies. QEMU runs them in order,
@@ -194,7 +229,7 @@ impl Qmp {
         let slots = self.submit(commands, None, Some(began))?;
         let (mut replies, mut done) = (Vec::new(), Vec::new());
         for slot in slots {
-            let (reply, at) = slot.wait(deadline).await;
+            let (reply, at) = slot.wait(deadline, Wait::AsThePeerIsGiven).await;
             replies.push(reply);
             done.push(at);
         }
@@ -222,10 +257,39 @@ impl Qmp {
         self.inner.stream.as_fd().try_clone_to_owned()
     }
 
-    async fn transact(&self, command: Command, fd: Option<OwnedFd>, deadline: Instant) -> Result<Value> {
+    /// Whether QEMU owes an answer that is overdue: see [`Qmp`].
+    pub fn is_silent(&self) -> bool {
+        self.inner.shared.is_silent()
+    }
+
+    /// Waits until it does, for however long.
+    pub async fn silence(&self) {
+        self.inner.shared.silence().await;
+    }
+
+    /// Whether QEMU answers. If it is silent, waits for it until [`Deadlines::grace`] after the silence began; but one that
+    /// falls silent for a second time is given up at once, so that the waiting has an end.
+    pub async fn answers_again(&self) -> bool {
+        self.inner.shared.answers_again(self.inner.deadlines.grace).await
+    }
+
+    /// Leaves the monitor to whoever has a [duplicate of its socket](Qmp::try_clone_socket): when this returns, nothing is
+    /// read from it or written to it from here any more, and all calls fail.
+    pub async fn hand_over(&self) {
+        self.inner.shared.hand_over();
+        while self.inner.driving.clone().changed().await.is_ok() {}
+    }
+
+    async fn transact(
+        &self,
+        command: Command,
+        fd: Option<OwnedFd>,
+        deadline: Instant,
+        wait: Wait,
+    ) -> Result<Value> {
         let mut slots = self.submit(vec![command], fd, None)?;
         match slots.pop() {
-            Some(slot) => slot.wait(deadline).await.0,
+            Some(slot) => slot.wait(deadline, wait).await.0,
             None => Ok(Value::Null),
         }
     }
@@ -294,6 +358,11 @@ async fn receive_greeting(stream: &UnixStream, decoder: &mut LineDecoder) -> Res
     }
 }
 
+fn stopped(path: &Path, pid: u32) -> Error {
+    let context = format!("process {pid} does not answer on {}: it is stopped (SIGSTOP)", path.display());
+    Error::new(ErrorKind::Stopped(pid), context)
+}
+
 fn not_qmp(said: &[u8]) -> Error {
     Error::new(ErrorKind::NotQmp, format!("what answers is not a QMP monitor; it says {}", shown(said)))
 }
@@ -301,6 +370,9 @@ fn not_qmp(said: &[u8]) -> Error {
 fn no_greeting(path: &Path, pid: Option<u32>, said: &[u8]) -> Error {
     if !said.is_empty() {
         return not_qmp(said);
+    }
+    if let Some(pid) = pid.filter(|pid| is_stopped(*pid)) {
+        return stopped(path, pid);
     }
     let peer = pid.map_or_else(|| "QEMU".to_owned(), |pid| format!("process {pid}"));
     let path = path.display();

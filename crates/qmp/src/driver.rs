@@ -17,7 +17,7 @@ use std::{
 };
 use tokio::{
     net::UnixStream,
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
     time::timeout,
 };
 
@@ -44,19 +44,24 @@ impl Drop for Ending {
     }
 }
 
-/// Runs a connection until its peer is gone or breaks the protocol, or `released` says that nobody holds it.
+/// Runs a connection until its peer is gone or breaks the protocol, `released` says that nobody holds it, or it is
+/// [handed over](Shared::hand_over). `running` is dropped then.
 pub(crate) async fn drive(
     stream: Arc<UnixStream>,
     shared: Arc<Shared>,
     decoder: LineDecoder,
     outgoing: mpsc::UnboundedReceiver<Outgoing>,
     released: oneshot::Receiver<()>,
+    running: watch::Sender<()>,
 ) {
+    // Last of all to be dropped: by then nothing here reads or writes.
+    let _running = running;
     let _ending = Ending(Arc::clone(&shared));
     let mut reading = pin!(receive(&stream, &shared, decoder));
     let writing = pin!(transmit(&stream, outgoing, released));
     let end = tokio::select! {
         end = &mut reading => end,
+        () = shared.handed_over() => return,
         written = writing => match written {
             Ok(()) => return,
             // A peer that goes away may have answered before: QEMU's last reply is to `quit`.
@@ -178,6 +183,7 @@ pub(crate) async fn read(stream: &UnixStream, chunk: &mut [u8]) -> io::Result<us
 #[cfg(test)]
 mod test {
     use super::*;
+    use crate::shared::Wait;
     use tokio::io::AsyncWriteExt;
 
     #[tokio::test]
@@ -195,10 +201,15 @@ mod test {
             let (outgoing, queued) = mpsc::unbounded_channel();
             let (_held, released) = oneshot::channel();
             assert!(outgoing.send(Outgoing { bytes: b"late\n".to_vec(), fd: None, began: None }).is_ok());
-            drive(Arc::new(ours), Arc::clone(&shared), LineDecoder::messages(1000), queued, released).await;
+            let decoder = LineDecoder::messages(1000);
+            let (running, _) = watch::channel(());
+            drive(Arc::new(ours), Arc::clone(&shared), decoder, queued, released, running).await;
             let now = tokio::time::Instant::now();
-            assert!(quit.wait(now).await.0.is_ok());
-            assert_eq!(late.wait(now).await.0.unwrap_err().kind(), ErrorKind::Disconnected);
+            assert!(quit.wait(now, Wait::AsTheCallerLikes).await.0.is_ok());
+            assert_eq!(
+                late.wait(now, Wait::AsTheCallerLikes).await.0.unwrap_err().kind(),
+                ErrorKind::Disconnected
+            );
         }
     }
 }

@@ -23,6 +23,10 @@ pub enum ErrorKind {
     Disconnected,
     /// This command was not answered within its deadline. Whether it took effect is unknown.
     Timeout(&'static str),
+    /// This command was not sent, or its answer is not awaited any more, because QEMU left another one unanswered.
+    Silent,
+    /// Connected, but QEMU's process, which this is the number of, is stopped (`SIGSTOP`, a debugger) and cannot answer.
+    Stopped(u32),
     /// The peer broke the protocol: malformed, too long, not UTF-8, or not the answer that the command has.
     Protocol,
     /// The peer answered with an error; see [`Error::class`] and [`Error::desc`].
@@ -70,6 +74,16 @@ impl Error {
     /// The same, told of one command that it hit.
     pub(crate) fn during(&self, command: &str) -> Self {
         Self { context: format!("{command} got no answer: {}", self.context), ..self.clone() }
+    }
+
+    /// What a command is told that was sent behind the one that this error is of.
+    pub(crate) fn behind(&self, command: &str) -> Self {
+        Self::new(ErrorKind::Silent, format!("{command} was not answered either: {}", self.context))
+    }
+
+    /// What a command is told that was not sent because of the one that this error is of.
+    pub(crate) fn instead_of(&self, command: &str) -> Self {
+        Self::new(ErrorKind::Silent, format!("{command} was not sent to QEMU: {}", self.context))
     }
 
     /// The end of a connection, as an error of `read` or `write` tells it.

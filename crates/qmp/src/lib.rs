@@ -1,7 +1,8 @@
 //! Asynchronous client for the QEMU Machine Protocol (QMP) and the guest agent.
 //!
 //! It carries commands, replies, descriptors and events, and gets each of them to whom it belongs, whatever the peer
-//! does: no deadline, dropped future, unknown event or malformed line makes it lose count or hang. It knows no
+//! does: no deadline, dropped future, unknown event or malformed line makes it lose count or hang. To a peer that has
+//! fallen silent nothing more is sent, so that a caller waits for it once, not once a command. It knows no
 //! command of QEMU's by its arguments or its reply; those are plain JSON, and belong to the caller. It does not start
 //! QEMU, does not reconnect and does not use out-of-band execution.
 //!
@@ -42,6 +43,7 @@ mod error;
 mod event;
 mod line;
 mod message;
+mod process;
 mod shared;
 mod socket;
 mod version;
@@ -51,4 +53,5 @@ pub use command::{Command, Pipelined};
 pub use connection::{Deadlines, Qmp};
 pub use error::{Error, ErrorKind, Result};
 pub use event::{Event, EventStream, Lagged};
+pub use process::is_stopped;
 pub use version::Version;

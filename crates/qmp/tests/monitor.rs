@@ -307,6 +307,134 @@ async fn a_pipeline_that_is_answered_in_part_says_which_part() {
     done(peer).await.unwrap();
 }
 
+/// Short for commands; whoever waits longer than the grace would wait in vain.
+fn impatient(grace: Duration) -> Deadlines {
+    Deadlines { command: SHORT, grace, ..Deadlines::default() }
+}
+
+#[tokio::test]
+async fn to_a_silent_monitor_nothing_is_sent_until_it_has_answered_all_that_was() {
+    let place = place();
+    let listener = QmpPeer::listen(&place.path).unwrap();
+    let (tell, told) = oneshot::channel();
+    let (again, asked) = oneshot::channel();
+    let peer = tokio::spawn(async move {
+        let mut client = listener.serve().await;
+        let overdue = client.expect("query-block").await;
+        let behind = client.expect("query-jobs").await;
+        told.await.unwrap();
+        client.returns(&behind, json!("behind")).await;
+        asked.await.unwrap();
+        client.returns(&overdue, json!("late")).await;
+        // Nothing of what was asked in between.
+        let next = client.expect("query-status").await;
+        client.returns(&next, json!("next")).await;
+    });
+    let qmp = done(Qmp::connect(&place.path, impatient(HANG))).await.unwrap();
+    assert!(done(qmp.answers_again()).await, "it never was silent");
+    let silence = tokio::spawn({
+        let qmp = qmp.clone();
+        async move { qmp.silence().await }
+    });
+    let (first, behind) = tokio::join!(
+        qmp.execute(Command::new("query-block")),
+        qmp.execute_within(Command::new("query-jobs"), HANG)
+    );
+    assert_eq!(first.unwrap_err().kind(), ErrorKind::Timeout("query-block"));
+    let behind = behind.unwrap_err();
+    assert_eq!(behind.kind(), ErrorKind::Silent, "one deadline holds for all: {behind}");
+    done(silence).await.unwrap();
+    let began = tokio::time::Instant::now();
+    for _ in 0..100 {
+        let refused = qmp.execute(Command::new("query-name")).await.unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Silent);
+        assert!(refused.to_string().contains("query-block was not answered"), "{refused}");
+        let refused = qmp.pipeline(vec![Command::new("stop"), Command::new("cont")]).await.unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Silent);
+    }
+    assert!(began.elapsed() < SHORT, "they wait, and for nothing");
+    tell.send(()).unwrap();
+    let answers_to_one = timeout(SHORT, qmp.answers_again()).await;
+    assert!(answers_to_one.is_err() && qmp.is_silent(), "one of two is still open");
+    again.send(()).unwrap();
+    assert!(done(qmp.answers_again()).await && !qmp.is_silent());
+    assert_eq!(answers(&qmp, "query-status").await, "next");
+    done(peer).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_monitor_is_given_one_more_chance_and_no_second() {
+    let place = place();
+    let listener = QmpPeer::listen(&place.path).unwrap();
+    let (tell, told) = oneshot::channel();
+    let peer = tokio::spawn(async move {
+        let mut client = listener.serve().await;
+        let first = client.expect("query-block").await;
+        told.await.unwrap();
+        client.returns(&first, json!("late")).await;
+        client.expect("query-name").await;
+        client.expect_closed().await;
+    });
+    let qmp = done(Qmp::connect(&place.path, impatient(HANG * 4))).await.unwrap();
+    qmp.execute(Command::new("query-block")).await.unwrap_err();
+    tell.send(()).unwrap();
+    assert!(done(qmp.answers_again()).await);
+    qmp.execute(Command::new("query-name")).await.unwrap_err();
+    assert!(!done(qmp.answers_again()).await);
+    drop(qmp);
+    done(peer).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_silence_is_not_waited_for_beyond_its_grace() {
+    let (gone, stays) = oneshot::channel::<()>();
+    let place = place();
+    let peer = accept(&place.path, |mut client| async move {
+        client.say(&greeting()).await;
+        let ready = client.expect("qmp_capabilities").await;
+        client.returns(&ready, json!({})).await;
+        client.expect("query-block").await;
+        let _ = stays.await;
+    });
+    let qmp = done(Qmp::connect(&place.path, impatient(SHORT))).await.unwrap();
+    qmp.execute(Command::new("query-block")).await.unwrap_err();
+    let since = tokio::time::Instant::now();
+    assert!(!done(qmp.answers_again()).await);
+    let waited = since.elapsed();
+    assert!(waited < SHORT * 10 && waited > SHORT / 2, "{waited:?}");
+    // It counts from the beginning of the silence, so that asking again costs nothing.
+    let since = tokio::time::Instant::now();
+    assert!(!done(qmp.answers_again()).await && since.elapsed() < SHORT / 2);
+    drop(gone);
+    done(peer).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_connection_that_was_handed_over_is_neither_read_nor_written() {
+    let (tell, told) = oneshot::channel();
+    let (qmp, peer, _place) = serve(|mut client| async move {
+        let from_another = client.line().await.unwrap().0;
+        assert_eq!(from_another, br#"{"execute":"cont","id":"other"}"#);
+        client.say(&json!({"return": {}, "id": "other"})).await;
+        told.await.unwrap();
+    })
+    .await;
+    let socket = std::os::unix::net::UnixStream::from(qmp.try_clone_socket().unwrap());
+    done(qmp.hand_over()).await;
+    let refused = qmp.execute(Command::new("query-status")).await.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Silent);
+    socket.set_nonblocking(false).unwrap();
+    (&socket).write_all(b"{\"execute\":\"cont\",\"id\":\"other\"}\n").unwrap();
+    let answer = tokio::task::spawn_blocking(move || {
+        let mut answer = String::new();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(socket), &mut answer).unwrap();
+        answer
+    });
+    assert!(done(answer).await.unwrap().contains("other"), "the connection's own reader took it");
+    tell.send(()).unwrap();
+    done(peer).await.unwrap();
+}
+
 #[tokio::test]
 async fn a_dropped_pipeline_is_sent_whole_and_harms_nothing() {
     let (qmp, peer, _place) = serve(|mut client| async move {

@@ -37,6 +37,11 @@ impl Qemu {
         Self { child, directory }
     }
 
+    fn signal(&self, name: &str) {
+        let pid = self.child.id().to_string();
+        assert!(Process::new("kill").args(["-s", name, &pid]).status().unwrap().success());
+    }
+
     fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
@@ -176,6 +181,33 @@ async fn only_one_client_is_served_and_the_next_one_after_it() {
         first.execute(Command::new("query-status")).await.unwrap();
         drop(first);
         Qmp::connect(&path, Deadlines::default()).await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_stopped_qemu_is_told_as_such_and_answers_again_once_it_goes_on() {
+    done(async {
+        let qemu = Qemu::start();
+        let short = Duration::from_millis(300);
+        drop(qemu.connect("qmp").await);
+        let hasty = Deadlines { connect: short, command: short, grace: START };
+        let qmp = Qmp::connect(&qemu.path("qmp"), hasty).await.unwrap();
+        qemu.signal("STOP");
+        let error = qmp.execute(Command::new("query-status")).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Timeout("query-status"));
+        assert!(qmp.peer_is_stopped());
+        assert_eq!(qmp.execute(Command::new("cont")).await.unwrap_err().kind(), ErrorKind::Silent);
+        // More often than its queue is long: whoever gave up still stands in it.
+        for _ in 0..4 {
+            let error = Qmp::connect(&qemu.path("pretty"), hasty).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Stopped(qemu.child.id()), "{error}");
+            assert!(error.to_string().contains(&format!("process {}", qemu.child.id())), "{error}");
+        }
+        qemu.signal("CONT");
+        assert!(qmp.answers_again().await && !qmp.peer_is_stopped());
+        let status = qmp.execute(Command::new("query-status")).await.unwrap();
+        assert_eq!(status["running"], false, "the command that was refused was never sent");
     })
     .await;
 }

@@ -4,6 +4,7 @@ use crate::{
     bitmap::Chain,
     error::{Error, ErrorKind, Result},
     freeze::Freeze,
+    guest::{IoErrors, Pulse, go_on_after_want_of_space},
     inspect::{Disk, Machine},
     journal::Journal,
     listener::Listener,
@@ -19,7 +20,7 @@ use std::{ffi::OsString, path::PathBuf, sync::Arc, time::Duration};
 use stillpoint_model::{DiskName, Generation, Granularity, Length, PointId, TargetId};
 use stillpoint_provider::{BitmapMode, Consistency, Volume, VolumeSource};
 use stillpoint_qmp::Qmp;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 
 /// How one disk is to be read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -114,6 +115,8 @@ pub struct SnapshotAccess {
     pub(crate) held_power: bool,
     pub(crate) instant: Instant,
     pub(crate) freeze: Freeze,
+    pub(crate) pulse: Option<Pulse>,
+    pub(crate) errors: IoErrors,
 }
 
 pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
@@ -162,7 +165,7 @@ impl SnapshotAccess {
             Err(error) => Err(error),
         };
         match taken {
-            Ok((instant, opened)) => Ok(taking.hold(plan, &settings, opened, instant)),
+            Ok((instant, opened)) => Ok(taking.hold(plan, &settings, opened, instant, machine.running)),
             Err(error) => {
                 let error = taking.give_up(error).await;
                 let refused = error.kind() == ErrorKind::Qmp && !machine.off;
@@ -226,9 +229,27 @@ impl SnapshotAccess {
         }
     }
 
+    /// What the guest's own I/O met meanwhile that is no reason to end the run, a line for each.
+    pub fn io_errors(&self) -> Vec<String> {
+        self.errors.lines()
+    }
+
     /// A handle that ends all reading: every call on a volume fails from then on.
     pub fn canceller(&self) -> Canceller {
         Canceller(self.stop.clone())
+    }
+
+    /// Each may have to wait for its last request, which a QEMU that does not answer never answers either.
+    async fn close_volumes(&mut self) {
+        let mut closing = JoinSet::new();
+        for volume in &self.volumes {
+            let volume = Arc::clone(volume);
+            closing.spawn(async move { volume.close().await });
+        }
+        tokio::select! {
+            () = async { while closing.join_next().await.is_some() {} } => {}
+            () = self.qmp.silence() => self.volumes.iter().for_each(|volume| volume.abandon()),
+        }
     }
 
     /// Takes the VM's block graph back to what it was. The bitmaps stay, both of them, until the outcome of the run
@@ -244,27 +265,38 @@ impl SnapshotAccess {
             // Awaited, so that nobody holds a connection any more when the server stops (CVE-2024-7409).
             let _ = task.await;
         }
-        let hangs = self.steps.storage_hangs(self.watch.images(), failed).await;
-        if hangs.is_none() {
-            for volume in self.volumes.drain(..) {
-                volume.close().await;
+        let mut hangs = None;
+        if self.qmp.answers_again().await {
+            hangs = self.steps.storage_hangs(self.watch.images(), failed).await;
+            if hangs.is_none() {
+                self.close_volumes().await;
+                self.watch.count();
             }
-            self.watch.count();
+        } else {
+            self.volumes.iter().for_each(|volume| volume.abandon());
         }
+        drop(self.pulse.take());
         let (_, peak) = self.watch.now_and_peak();
         let first = match hangs {
             Some(error) => Some(error),
             None => self.steps.undo(&self.qmp).await.into_iter().next(),
         };
-        match (&first, self.watcher.take()) {
-            (None, watcher) => {
-                self.watch.empty();
-                if let Some(watcher) = watcher {
-                    watcher.end();
+        if first.is_none() {
+            self.watch.empty();
+            let want_of_space =
+                matches!(&*self.stop.borrow(), Some(Stop::IoError(error)) if error.stops && error.no_space);
+            if want_of_space {
+                match go_on_after_want_of_space(&self.qmp).await {
+                    Ok(runs) => tracing::warn!(runs, "the guest, which had run out of space, was let go on"),
+                    Err(error) => tracing::warn!(error = error_chain(&error), "the guest was not let go on"),
                 }
             }
+            if let Some(watcher) = self.watcher.take() {
+                watcher.end();
+            }
+        } else {
             // What is left in the VM copies on, so the watcher goes on too, as after a death.
-            (Some(_), watcher) => drop(watcher),
+            drop(self.watcher.take());
         }
         drop(self.listener.take());
         self.steps.incomplete |= self.freeze.still_frozen.is_some();
@@ -273,7 +305,12 @@ impl SnapshotAccess {
             None => Ok(peak),
             Some(ended) if ended.kind() == ErrorKind::Ended => Err(ended),
             Some(first) => {
-                Err(Error::new(ErrorKind::LeftBehind, "something is left in the VM").because(first))
+                let context = if first.kind() == ErrorKind::Silent {
+                    "QEMU does not answer, so parts of this run are still in the VM"
+                } else {
+                    "something is left in the VM"
+                };
+                Err(Error::new(ErrorKind::LeftBehind, context).because(first))
             }
         };
         (chain, result)

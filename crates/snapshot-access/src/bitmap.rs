@@ -59,7 +59,8 @@ impl Chain {
     /// this ends QEMU if the guest has powered itself off meanwhile, and tells whether it has.
     ///
     /// # Errors
-    /// If a bitmap could not be dropped; then it goes with the next run, and the point is as good.
+    /// [`ErrorKind::LeftBehind`] if the guest's power-off could not be granted, else if a bitmap could not be dropped; then
+    /// it goes with the next run, and the point is as good.
     pub async fn commit(self) -> Result<bool> {
         let earlier = self.disks.iter().flat_map(|disk| disk.earlier.iter().map(move |name| (disk, name)));
         let removed = self.remove(earlier.collect()).await;
@@ -85,14 +86,19 @@ impl Chain {
     }
 
     async fn end(self, removed: Result<()>) -> Result<bool> {
-        let ended = self.steps.end(&self.qmp, self.held_power).await;
-        removed.and(ended)
+        // What is left of the run weighs more than a bitmap.
+        let ended = self.steps.end(&self.qmp, self.held_power).await?;
+        removed.map(|()| ended)
     }
 
     async fn remove(&self, bitmaps: Vec<(&ChainDisk, &BitmapName)>) -> Result<()> {
         let mut failure = None;
         for (disk, name) in bitmaps {
-            let removed = self.qmp.execute(command::remove_bitmap(disk.node.as_str(), name.as_str())).await;
+            let remove = command::remove_bitmap(disk.node.as_str(), name.as_str());
+            let mut removed = self.qmp.execute(remove.clone()).await;
+            if removed.is_err() && self.qmp.is_silent() && self.qmp.answers_again().await {
+                removed = self.qmp.execute(remove).await;
+            }
             match removed {
                 Ok(_) => {}
                 // Such as one in an image that others are above of: QEMU has that for reading only.

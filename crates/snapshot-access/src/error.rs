@@ -13,8 +13,10 @@ pub enum ErrorKind {
     Refused,
     /// The host has too little space left for old data; nothing was done to the VM.
     NoSpace,
-    /// QEMU answered a command with an error, or not at all.
+    /// QEMU answered a command with an error.
     Qmp,
+    /// QEMU does not answer. What was sent to it may still take effect.
+    Silent,
     /// The disk could not be read at its point.
     Read,
     /// Somebody else changed the block graph meanwhile; begun again, the run sees what there is now.

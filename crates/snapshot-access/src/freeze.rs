@@ -104,6 +104,17 @@ impl Freeze {
         (self.consistency, self.reason.clone())
     }
 
+    /// Leaves the thaw to the guest's guard, since an agent cannot be reached through a QEMU that does not answer.
+    pub(crate) fn leave_to_the_guard(&mut self) {
+        if self.frozen.take().is_some() {
+            self.agent = None;
+            self.still_frozen = Some(
+                "QEMU does not answer, so the guest's file systems may be frozen; its guard thaws them when QEMU answers"
+                    .into(),
+            );
+        }
+    }
+
     /// Thaws if a freeze was asked for, whatever was answered.
     pub(crate) async fn thaw(&mut self) {
         let Some((since, frozen)) = self.frozen.take() else { return };

@@ -20,7 +20,7 @@ use serde_json::Value;
 use std::path::PathBuf;
 use stillpoint_model::{DiskName, Generation, Granularity, Length, NodeName, TargetId};
 use stillpoint_provider::Skipped;
-use stillpoint_qmp::{Command, Qmp, Version};
+use stillpoint_qmp::{Command, ErrorKind as QmpErrorKind, Qmp, Version};
 
 /// The first QEMU whose copy-before-write filter can let go of a snapshot instead of failing the guest.
 const OLDEST_QEMU: (u32, u32, u32) = (7, 1, 0);
@@ -388,7 +388,11 @@ pub(crate) fn refused(why: impl Into<String>) -> Error {
 }
 
 pub(crate) fn qmp_error(doing: &str, error: stillpoint_qmp::Error) -> Error {
-    Error::new(ErrorKind::Qmp, doing).because(error)
+    let kind = match error.kind() {
+        QmpErrorKind::Timeout(_) | QmpErrorKind::Silent => ErrorKind::Silent,
+        _ => ErrorKind::Qmp,
+    };
+    Error::new(kind, doing).because(error)
 }
 
 /// Asks and takes the reply apart.

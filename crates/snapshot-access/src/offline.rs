@@ -33,6 +33,10 @@ const DAEMON: &str = "qemu-storage-daemon";
 const START: Duration = Duration::from_secs(20);
 /// It may have gigabytes to flush.
 const END: Duration = Duration::from_secs(300);
+/// One that does not answer flushes nothing.
+const SILENT_END: Duration = Duration::from_secs(20);
+/// Opening an image on slow storage takes long, and nobody else waits for it.
+const COMMAND: Duration = Duration::from_secs(60);
 /// How often the monitor's socket is tried while the daemon starts: it tells nobody when it is there.
 const RETRY: Duration = Duration::from_millis(10);
 
@@ -175,7 +179,8 @@ impl OfflineImages {
             }
             _ => {}
         }
-        if tokio::time::timeout(END, self.child.wait()).await.is_err() {
+        let within = if self.qmp.is_silent() { SILENT_END } else { END };
+        if tokio::time::timeout(within, self.child.wait()).await.is_err() {
             tracing::warn!(
                 "qemu-storage-daemon does not end; it is killed, and the next backup is a full one"
             );
@@ -221,7 +226,7 @@ async fn reach(child: &mut Child, socket: &Path) -> Result<Qmp> {
             );
             return Err(Error::new(ErrorKind::Host, context));
         }
-        match Qmp::connect(socket, Deadlines::default()).await {
+        match Qmp::connect(socket, Deadlines { command: COMMAND, ..Deadlines::default() }).await {
             Ok(qmp) => return Ok(qmp),
             Err(error) if matches!(error.kind(), QmpErrorKind::NoSocket | QmpErrorKind::Refused) => {}
             Err(error) => return Err(Error::new(ErrorKind::Host, format!("reach {DAEMON}")).because(error)),

@@ -74,6 +74,8 @@ pub(crate) async fn switch(qmp: &Qmp, running: bool, switches: Vec<Command>) -> 
         }
     }
     if !resumed {
+        // What was late by then is done, `cont` too; resuming once more does no harm.
+        qmp.answers_again().await;
         resume(qmp).await?;
     }
     match failure {
@@ -101,6 +103,9 @@ async fn resume(qmp: &Qmp) -> Result<()> {
     let Err(error) = qmp.execute(command::cont()).await else { return Ok(()) };
     let status = ask::<serde_json::Value>(qmp, command::query_status()).await.ok();
     let status = status.as_ref().and_then(|status| status.get("status")?.as_str()).unwrap_or("unknown");
+    if qmp.is_silent() {
+        return Err(qmp_error("resume the guest", error));
+    }
     if status == "paused" || status == "unknown" {
         let context = "the guest could not be resumed; type `cont` on its monitor";
         return Err(Error::new(ErrorKind::LeftBehind, context).because(error));

@@ -92,7 +92,11 @@ impl LeftOvers {
         for step in self.steps.iter().rev() {
             step.undo_on_host(&self.runtime);
             if let Err(error) = step.undo(qmp).await {
+                let silent = error.kind() == ErrorKind::Silent;
                 first.get_or_insert(error);
+                if silent {
+                    break;
+                }
             }
             stillpoint_failpoint::reached(&format!("recovered:{}", step.name()));
         }

@@ -42,16 +42,23 @@ impl Steps {
     }
 
     /// Undoes everything, the last step first, going on whatever fails. What could not be undone is returned; nothing
-    /// is left behind in a QEMU that has ended, which is told by [`ErrorKind::Ended`] alone.
+    /// is left behind in a QEMU that has ended, which is told by [`ErrorKind::Ended`] alone. One that does not answer is
+    /// waited for once, not once a step.
     pub(crate) async fn undo(&mut self, qmp: &Qmp) -> Vec<Error> {
         let mut failures = Vec::new();
-        let mut ended = false;
+        let (mut ended, mut silent) = (false, false);
         while let Some(step) = self.done.pop() {
             step.undo_on_host(&self.runtime);
-            if ended {
+            if ended || silent {
                 continue;
             }
-            if let Err(error) = step.undo(qmp).await {
+            let mut undone = step.undo(qmp).await;
+            // It looks before it touches, so what took effect late is no harm.
+            if is_silent(&undone) && qmp.answers_again().await {
+                undone = step.undo(qmp).await;
+            }
+            if let Err(error) = undone {
+                silent = error.kind() == ErrorKind::Silent;
                 if has_ended(qmp).await {
                     ended = true;
                     failures = vec![Error::new(ErrorKind::Ended, "the VM's QEMU has ended").because(error)];
@@ -90,9 +97,15 @@ impl Steps {
     /// The very end of a run: grants the guest's power-off if it was held up (which is told), and forgets the journal
     /// if nothing is left.
     pub(crate) async fn end(mut self, qmp: &Qmp, held_power: bool) -> Result<bool> {
-        let settled = if held_power && !self.incomplete { power::settle(qmp).await } else { Ok(false) };
+        let mut settled = if held_power && !self.incomplete { power::settle(qmp).await } else { Ok(false) };
+        if is_silent(&settled) && qmp.answers_again().await {
+            settled = power::settle(qmp).await;
+        }
         match settled {
-            Err(error) if !has_ended(qmp).await => Err(error),
+            Err(error) if !has_ended(qmp).await => {
+                let context = "the guest's own power-off is still held up";
+                Err(Error::new(ErrorKind::LeftBehind, context).because(error))
+            }
             settled => {
                 if !self.incomplete {
                     self.journal.clear();
@@ -101,6 +114,10 @@ impl Steps {
             }
         }
     }
+}
+
+fn is_silent<T>(result: &Result<T>) -> bool {
+    result.as_ref().is_err_and(|error| error.kind() == ErrorKind::Silent)
 }
 
 /// Whether the VM's QEMU is proven to have ended, or ends within a while of closing its monitor.

@@ -12,6 +12,7 @@ use crate::{
     freeze::Freeze,
     graph::children,
     guard::{Guard, Mark},
+    guest::{IoErrors, Pulse, WatchedDisk, watch_guest},
     inspect::{Machine, SERVER_IN_USE, qmp_error, refused},
     layers::{Allocated, ChainBitmap, FOREIGN},
     listener::Listener,
@@ -31,7 +32,7 @@ use std::{
 };
 use stillpoint_model::{Granularity, NodeName};
 use stillpoint_nbd::{Client, MetaContext, Options};
-use stillpoint_qmp::Qmp;
+use stillpoint_qmp::{EventStream, Qmp};
 use tokio::sync::watch;
 
 /// The filter's cluster when the fleecing image is raw: what discards are aligned to, and what is kept aside at once.
@@ -57,6 +58,11 @@ pub(crate) struct Taking {
     off: bool,
     reserve: Reserve,
     watcher: Option<Watcher>,
+    /// The guest may stand still by our doing, and whether it goes on is left to its guard or to `recover`.
+    unresumed: bool,
+    /// All since before anything was done to the VM.
+    events: EventStream,
+    pulse: Pulse,
 }
 
 struct TakingDisk {
@@ -84,6 +90,8 @@ pub(crate) struct Opened {
 impl Taking {
     pub(crate) fn new(qmp: Qmp, steps: Steps, off: bool, reserve: Reserve) -> Self {
         Self {
+            events: qmp.events(),
+            pulse: Pulse::start(qmp.clone()),
             qmp,
             steps,
             disks: Vec::new(),
@@ -94,6 +102,7 @@ impl Taking {
             off,
             reserve,
             watcher: None,
+            unresumed: false,
         }
     }
 
@@ -167,6 +176,17 @@ impl Taking {
         let agent = self.freeze.socket().map_err(host)?;
         let mut guard = Guard::start(&settings.guard, monitor, agent).await?;
         let instant = self.freeze_and_switch(plan, settings, &mut guard, &mut interrupted).await;
+        if !self.qmp.answers_again().await {
+            // As if we were dead: the guest is the guard's from here on, which alone may use the sockets then, and which has
+            // the time to wait until QEMU answers.
+            self.freeze.leave_to_the_guard();
+            self.qmp.hand_over().await;
+            drop(guard);
+            return match instant {
+                Err(error) => Err(error),
+                Ok(_) => Err(Error::new(ErrorKind::Silent, "QEMU does not answer after the instant")),
+            };
+        }
         self.freeze.thaw().await;
         let thawed = if self.freeze.still_frozen.is_none() {
             let thawed = self.steps.note(&Step::Thawed);
@@ -202,8 +222,19 @@ impl Taking {
                     std::future::pending::<()>().await;
                 }
             };
-            self.freeze.freeze(settings.freeze_timeout, cancelled).await;
+            let qmp = self.qmp.clone();
+            let ends = async move {
+                tokio::select! {
+                    () = cancelled => {}
+                    // Nor does its agent answer then.
+                    () = qmp.silence() => {}
+                }
+            };
+            self.freeze.freeze(settings.freeze_timeout, ends).await;
             stillpoint_failpoint::reached("frozen");
+            if self.qmp.is_silent() {
+                return Err(Error::new(ErrorKind::Silent, "QEMU does not answer while the guest is frozen"));
+            }
         }
         if *interrupted.borrow() {
             return Err(Error::new(ErrorKind::Cancelled, "the run was interrupted before the instant"));
@@ -432,7 +463,10 @@ impl Taking {
         self.steps.note(&Step::Pause)?;
         guard.mark(Mark::Pausing).await?;
         let instant = pause::switch(&self.qmp, true, switches).await;
-        if !instant.as_ref().is_err_and(|error| error.kind() == ErrorKind::LeftBehind) {
+        let refused = instant.as_ref().is_err_and(|error| error.kind() == ErrorKind::LeftBehind);
+        if refused || self.qmp.is_silent() {
+            self.unresumed = true;
+        } else {
             self.steps.note(&Step::Resumed)?;
             guard.mark(Mark::Resumed).await?;
         }
@@ -508,7 +542,7 @@ impl Taking {
         for (index, plan) in plan.iter().enumerate() {
             let fleecing = self.disks.get(index).and_then(|disk| disk.image.as_ref());
             let tells = fleecing.is_none_or(|fleecing| fleecing.tells_what_is_kept());
-            let mut file = plan.disk.image_file.as_ref().filter(|_| tells);
+            let mut file = plan.disk.image_file.as_ref().filter(|_| tells && !self.qmp.is_silent());
             if fleecing.is_some() && file.is_some_and(ImageFile::needs_flush) {
                 let flushing = tokio::time::timeout(FLUSH_DEADLINE, self.flush(index, plan, server)).await;
                 let flushed =
@@ -554,6 +588,7 @@ impl Taking {
         settings: &Settings,
         opened: Opened,
         instant: Instant,
+        running: bool,
     ) -> SnapshotAccess {
         let (stop, stopped) = watch::channel::<Option<Stop>>(None);
         let images = self.disks.iter().filter_map(|disk| disk.image.clone()).collect();
@@ -561,9 +596,16 @@ impl Taking {
         let mut volumes = Vec::new();
         let mut modes = Vec::new();
         let mut chain = Vec::new();
+        let mut watched = Vec::new();
         let opened = opened.connections.into_iter().zip(opened.images);
         for ((plan, disk), ((data, dirty), image)) in plan.into_iter().zip(self.disks).zip(opened) {
             modes.push((plan.bitmap_mode(), plan.base().cloned()));
+            let nodes = [&plan.disk.node, &disk.names.filter, &disk.names.junction];
+            watched.push(WatchedDisk {
+                name: plan.disk.name.clone(),
+                front_end: plan.disk.front_end.clone(),
+                nodes: nodes.map(|node| node.as_str().to_owned()).to_vec(),
+            });
             let proof = disk.image.as_ref().filter(|_| image.is_some());
             let proof = proof
                 .map(|fleecing| Arc::new(Proof::new(data.clone(), Arc::clone(fleecing), plan.disk.size)));
@@ -588,7 +630,13 @@ impl Taking {
             }));
             chain.push(disk.chain);
         }
-        let tasks = if self.off { Vec::new() } else { vec![watch_migration(self.qmp.clone(), stop.clone())] };
+        let errors = IoErrors::default();
+        let qmp = self.qmp.clone();
+        let mut tasks =
+            vec![watch_guest(qmp, self.events, watched, running && !self.off, errors.clone(), stop.clone())];
+        if !self.off {
+            tasks.push(watch_migration(self.qmp.clone(), stop.clone()));
+        }
         SnapshotAccess {
             qmp: self.qmp,
             steps: self.steps,
@@ -604,13 +652,19 @@ impl Taking {
             held_power: self.held_power,
             instant,
             freeze: self.freeze,
+            pulse: Some(self.pulse),
+            errors,
         }
     }
 
     /// Undoes all, the new bitmaps included: there was no point yet.
     pub(crate) async fn give_up(mut self, error: Error) -> Error {
         let images: Vec<_> = self.disks.iter().filter_map(|disk| disk.image.clone()).collect();
-        let mut failures: Vec<_> = self.steps.storage_hangs(&images, true).await.into_iter().collect();
+        drop(self.pulse);
+        let mut failures = Vec::new();
+        if self.qmp.answers_again().await {
+            failures.extend(self.steps.storage_hangs(&images, true).await);
+        }
         if failures.is_empty() {
             failures = self.steps.undo(&self.qmp).await;
         }
@@ -622,7 +676,14 @@ impl Taking {
                 watcher.end();
             }
         }
-        self.steps.incomplete |= self.freeze.still_frozen.is_some();
+        if self.unresumed && !self.qmp.is_silent() {
+            // Once more, now that nothing of ours can be in the way of it.
+            match Step::Pause.undo(&self.qmp).await {
+                Ok(()) => failures.extend(self.steps.note(&Step::Resumed).err()),
+                Err(error) => failures.push(error),
+            }
+        }
+        self.steps.incomplete |= !failures.is_empty() || self.freeze.still_frozen.is_some();
         let disks = self.disks.drain(..).map(|disk| disk.chain).collect();
         let chain = Chain::new(self.qmp, disks, self.steps, self.held_power);
         failures.extend(chain.roll_back().await.err());
@@ -631,8 +692,14 @@ impl Taking {
             Some(ended) if ended.kind() == ErrorKind::Ended => ended,
             Some(failure) => {
                 tracing::warn!(error = error_chain(&failure), "could not undo everything");
-                let context = format!("{error}, and something is left in the VM");
-                Error::new(ErrorKind::LeftBehind, context).because(failure)
+                let context = format!("{}, and something is left in the VM", error_chain(&error));
+                let left_behind = Error::new(ErrorKind::LeftBehind, context);
+                // One that does not answer says the same of every step.
+                if error.kind() == ErrorKind::Silent && failure.kind() == ErrorKind::Silent {
+                    left_behind
+                } else {
+                    left_behind.because(failure)
+                }
             }
         }
     }

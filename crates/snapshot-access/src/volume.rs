@@ -4,6 +4,7 @@ use crate::{
     direct::{DirectImage, Proof, Proven, join},
     discard::DiscardPlanner,
     fleecing::FleecingImage,
+    guest::IoError,
     layers::Allocated,
     reserve::SpaceState,
 };
@@ -52,6 +53,10 @@ pub(crate) enum Stop {
     Migration {
         state: String,
     },
+    /// The guest stopped, or will, since the host's storage fails it.
+    IoError(IoError),
+    /// QEMU does not answer.
+    Silent,
 }
 
 /// One disk of a held instant. It reads through two connections, since QEMU answers a block status request for all of
@@ -97,11 +102,21 @@ impl AccessVolume {
     pub(crate) async fn close(&self) {
         let past_qemu = self.past_qemu.load(Ordering::Relaxed);
         tracing::debug!(disk = %self.name, read = self.read_bytes().get(), past_qemu, "bytes read");
-        let map = self.dirty.as_ref().map(|(client, _)| client.clone());
-        for client in [Some(self.data.clone()), map].into_iter().flatten() {
+        let end = async |client: Option<Client>| {
+            let Some(client) = client else { return };
             if let Err(error) = client.disconnect().await {
                 tracing::debug!(disk = %self.name, %error, "an NBD connection did not end well");
             }
+        };
+        let map = self.dirty.as_ref().map(|(client, _)| client.clone());
+        tokio::join!(end(Some(self.data.clone())), end(map));
+    }
+
+    /// Ends both connections at once, for a QEMU that does not answer.
+    pub(crate) fn abandon(&self) {
+        self.data.abandon();
+        if let Some((client, _)) = &self.dirty {
+            client.abandon();
         }
     }
 
@@ -274,6 +289,17 @@ impl AccessVolume {
             Stop::LowSpace { space: None, .. } => Error::new(
                 ErrorKind::Source,
                 format!("the host ran low on space, and the old data of disk {} was given up", self.name),
+            ),
+            Stop::IoError(error) => {
+                let stops = if error.stops { ", which stopped the guest (io-error)" } else { "" };
+                let context = format!(
+                    "{error}{stops}; the run gave up its snapshot at once, so that the guest can go on"
+                );
+                Error::new(ErrorKind::Source, context)
+            }
+            Stop::Silent => Error::new(
+                ErrorKind::Source,
+                format!("disk {} can no longer be read: QEMU does not answer", self.name),
             ),
             Stop::OverBudget { used, budget } => Error::new(
                 ErrorKind::Source,

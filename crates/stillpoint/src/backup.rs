@@ -3,7 +3,7 @@
 use crate::{
     config::Vm,
     config_files::ConfigFiles,
-    failure::{Exit, Failure, Guest},
+    failure::{Exit, Failure, Guest, StateAtTheEnd},
     interrupt::Interrupt,
     places::Places,
     progress::BackupProgress,
@@ -22,7 +22,8 @@ use stillpoint_provider::{
 };
 use stillpoint_provider_directory::DirectoryProvider;
 use stillpoint_snapshot_access::{
-    Chain, Disk, DiskPlan, ErrorKind as AccessErrorKind, Machine, ReadMode, Settings, SnapshotAccess,
+    Chain, Disk, DiskPlan, ErrorKind as AccessErrorKind, GuestState, Machine, ReadMode, Settings,
+    SnapshotAccess,
 };
 
 /// How often a run is begun when somebody else changes the VM's block graph in the moments before the instant.
@@ -55,8 +56,17 @@ impl Job<'_> {
         let mut vm = ReachedVm::reach(self.name.as_ref(), self.vm, self.provider).await?;
         let made = self.of(&mut vm, interrupt).await;
         let off = vm.machine.off;
+        let guest = vm.guest().await;
         vm.release().await;
-        made.map_err(|failure| if off { failure.of_a_vm_that_is_off() } else { failure })
+        match made {
+            Ok(mut summary) => {
+                summary.warnings.extend(guest.warning());
+                summary.guest = guest;
+                Ok(summary)
+            }
+            Err(failure) if off => Err(failure.of_a_vm_that_is_off()),
+            Err(failure) => Err(failure.state(guest)),
+        }
     }
 
     async fn of(&self, vm: &mut ReachedVm, interrupt: &Interrupt) -> Result<Summary, Failure> {
@@ -90,7 +100,7 @@ impl Job<'_> {
         if let Err(error) = self.provider.job_cleanup().await {
             tracing::warn!(error = crate::failure::chain(&error), "the provider's clean-up failed");
         }
-        result
+        result.map_err(|failure| failure.of_vm(&name))
     }
 
     /// What of the VM goes into the point.
@@ -136,6 +146,15 @@ impl Job<'_> {
                 .next(hint)
         })
     }
+}
+
+/// What became of the VM once its point was durable.
+enum Settled {
+    AsBefore,
+    /// The guest had powered itself off meanwhile, which was granted.
+    PoweredOff,
+    /// Something is left for `recover`, and why.
+    LeftBehind(String),
 }
 
 /// One disk with its fate decided.
@@ -240,6 +259,7 @@ impl Run<'_> {
         let freeze = access.freeze();
         let freeze_time = freeze.duration;
         let still_frozen = freeze.still_frozen.clone();
+        let io_errors = access.io_errors();
         stillpoint_failpoint::reached("read");
         let (chain, torn_down) = access.tear_down(read.is_err()).await;
         stillpoint_failpoint::reached("torn-down");
@@ -250,12 +270,18 @@ impl Run<'_> {
                 return Err(self.cleaned(failure, torn_down.err(), rolled_back));
             }
         };
-        if self.commit(backup, &record, chain).await? {
-            warnings
-                .push("the guest powered itself off during the backup; its QEMU was ended after it".into());
+        warnings.extend(io_errors);
+        let mut exit = Exit::Done;
+        match self.commit(backup, &record, chain).await? {
+            Settled::AsBefore => {}
+            Settled::PoweredOff => warnings
+                .push("the guest powered itself off during the backup; its QEMU was ended after it".into()),
+            Settled::LeftBehind(why) => {
+                exit = Exit::LeftBehind;
+                warnings.push(format!("the point is good, but {why}; type: {}", self.vm.recover));
+            }
         }
         stillpoint_failpoint::reached("committed");
-        let mut exit = Exit::Done;
         let peak = torn_down.unwrap_or_else(|error| {
             if error.kind() == AccessErrorKind::Ended {
                 warnings.push("the VM's QEMU ended while the point was made; the point is whole".into());
@@ -293,6 +319,7 @@ impl Run<'_> {
             disks: disks.collect(),
             provider: self.job.provider.name(),
             off: self.vm.machine.off,
+            guest: StateAtTheEnd { now: GuestState::Unknown { stopped: None }, ran: self.vm.machine.running },
             record,
             duration_ms: 0,
         })
@@ -391,22 +418,28 @@ impl Run<'_> {
         }
     }
 
-    /// I3: the old bitmap goes only after the provider has said that the point is durable. Tells whether the guest has
-    /// powered itself off meanwhile.
+    /// I3: the old bitmap goes only after the provider has said that the point is durable.
     async fn commit(
         &self,
         backup: &mut dyn Backup,
         record: &PointRecord,
         chain: Chain,
-    ) -> Result<bool, Failure> {
+    ) -> Result<Settled, Failure> {
         match backup.commit(record).await {
             Ok(()) => {
                 stillpoint_failpoint::reached("durable");
-                Ok(chain.commit().await.unwrap_or_else(|error| {
-                    let error = crate::failure::chain(&error);
-                    tracing::warn!(error, "old bitmaps stay until the next run");
-                    false
-                }))
+                Ok(match chain.commit().await {
+                    Ok(false) => Settled::AsBefore,
+                    Ok(true) => Settled::PoweredOff,
+                    Err(error) if error.kind() == AccessErrorKind::LeftBehind => {
+                        Settled::LeftBehind(crate::failure::chain(&error))
+                    }
+                    Err(error) => {
+                        let error = crate::failure::chain(&error);
+                        tracing::warn!(error, "old bitmaps stay until the next run");
+                        Settled::AsBefore
+                    }
+                })
             }
             Err(error) if error.kind() == ProviderErrorKind::CommitUnknown => {
                 let kept = chain.keep_both().await;
@@ -439,6 +472,7 @@ impl Run<'_> {
             disks: Vec::new(),
             provider: self.job.provider.name(),
             off: self.vm.machine.off,
+            guest: StateAtTheEnd { now: GuestState::Unknown { stopped: None }, ran: self.vm.machine.running },
             record,
             duration_ms: 0,
         })

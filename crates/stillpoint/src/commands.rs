@@ -55,15 +55,15 @@ pub(crate) fn watched() -> bool {
 }
 
 async fn backup(path: &Path, arguments: cli::Backup) -> Exit {
-    let mut worst = Exit::Done;
     let target = TypedTarget::of(&arguments.place);
-    let fail = |name: Option<&VmName>, failure: Failure| {
+    let fail = |failure: Failure| {
         let failure = failure.at(&target);
         if arguments.json {
             print(json!({
-                "vm": name,
+                "vm": failure.vm(),
                 "point": null,
                 "result": "failed",
+                "guest": failure.guest_word(),
                 "exit_status": failure.exit.number(),
                 "error": failure.what(),
             }));
@@ -74,14 +74,15 @@ async fn backup(path: &Path, arguments: cli::Backup) -> Exit {
     let prepared = prepare(path, &arguments);
     let (provider, directory, vms) = match prepared {
         Ok(prepared) => prepared,
-        Err(failure) => return fail(None, failure.before_the_guest()),
+        Err(failure) => return fail(failure.before_the_guest()),
     };
     let interrupt = match Interrupt::listen() {
         Ok(interrupt) => interrupt,
         Err(error) => {
-            return fail(None, Failure::because(Exit::Failed, "cannot listen for signals", &error));
+            return fail(Failure::because(Exit::Failed, "cannot listen for signals", &error));
         }
     };
+    let mut runs = Runs::default();
     for (name, vm) in &vms {
         let job = Job {
             name: name.clone(),
@@ -96,22 +97,87 @@ async fn backup(path: &Path, arguments: cli::Backup) -> Exit {
             Ok(summary) if arguments.json => {
                 print(summary.json());
                 for warning in &summary.warnings {
-                    note(format!("warning: {warning}"));
+                    note(format!("warning: VM {}: {warning}", summary.record.vm));
                 }
-                summary.exit
+                runs.done(&summary.record.vm, summary.exit)
             }
             Ok(summary) => {
                 print(&summary);
-                summary.exit
+                runs.done(&summary.record.vm, summary.exit)
             }
-            Err(failure) => fail(name.as_ref(), failure),
+            Err(failure) => {
+                let failure = match name {
+                    Some(name) => failure.of_vm(name),
+                    None => failure,
+                };
+                let vm = failure.vm().cloned();
+                runs.failed(vm.as_ref(), fail(failure))
+            }
         };
-        worst = worst.worst(exit);
+        runs.worst = runs.worst.worst(exit);
         if interrupt.is_set() {
-            return worst;
+            break;
         }
     }
-    worst
+    if vms.len() > 1 {
+        note(runs.last_line(&vms));
+    }
+    runs.worst
+}
+
+/// What came of several VMs.
+struct Runs {
+    worst: Exit,
+    begun: usize,
+    done: usize,
+    failed: Vec<String>,
+    left_behind: Vec<String>,
+}
+
+impl Default for Runs {
+    fn default() -> Self {
+        Self { worst: Exit::Done, begun: 0, done: 0, failed: Vec::new(), left_behind: Vec::new() }
+    }
+}
+
+impl Runs {
+    /// There is a point.
+    fn done(&mut self, vm: &VmName, exit: Exit) -> Exit {
+        self.done = self.done.saturating_add(1);
+        self.ended(vm.to_string(), exit)
+    }
+
+    /// There is none.
+    fn failed(&mut self, vm: Option<&VmName>, exit: Exit) -> Exit {
+        let name = vm.map_or_else(|| "?".to_owned(), ToString::to_string);
+        self.failed.push(name.clone());
+        self.ended(name, exit)
+    }
+
+    fn ended(&mut self, name: String, exit: Exit) -> Exit {
+        self.begun = self.begun.saturating_add(1);
+        if exit == Exit::LeftBehind {
+            self.left_behind.push(name);
+        }
+        exit
+    }
+
+    /// The last line of a run on several VMs.
+    fn last_line(&self, vms: &Vms) -> String {
+        let mut line = format!("{} of {} done", self.done, vms.len());
+        let not_begun = vms.iter().skip(self.begun);
+        let not_begun = not_begun.map(|(name, _)| name.as_ref().map_or("?", VmName::as_str).to_owned());
+        for (what, names) in [
+            ("failed", self.failed.clone()),
+            ("not begun", not_begun.collect()),
+            ("needs recover", self.left_behind.clone()),
+        ] {
+            if !names.is_empty() {
+                line.push_str(&format!("; {what}: {}", names.join(", ")));
+            }
+        }
+        line
+    }
 }
 
 type Vms = Vec<(Option<VmName>, Vm)>;

@@ -2,7 +2,7 @@
 
 use crate::{
     config::Vm,
-    failure::{Exit, Failure, Guest},
+    failure::{Exit, Failure, Guest, StateAtTheEnd},
     runtime, text,
     vm::{self, Found, LockedVm},
 };
@@ -11,7 +11,7 @@ use stillpoint_model::VmName;
 use stillpoint_provider::{BitmapMode, DiskRecord, PointRecord, Provider, Skipped};
 use stillpoint_qmp::Qmp;
 use stillpoint_snapshot_access::{
-    ErrorKind as AccessErrorKind, Machine, OfflineDisk, OfflineImages, RunLock,
+    ErrorKind as AccessErrorKind, GuestState, Machine, OfflineDisk, OfflineImages, RunLock,
 };
 
 /// A VM in our hands; to be [released](Self::release) on every way out.
@@ -117,6 +117,12 @@ impl ReachedVm {
         Ok(Self { qmp, machine, recover, recorded, images: Some(images), _running: None, _off: locks })
     }
 
+    /// What the guest does now, and whether it ran when the VM was looked at.
+    pub(crate) async fn guest(&self) -> StateAtTheEnd {
+        let now = if self.machine.off { GuestState::Off } else { GuestState::ask(&self.qmp).await };
+        StateAtTheEnd { now, ran: self.machine.running }
+    }
+
     /// Lets go of it.
     pub(crate) async fn release(self) {
         if let Some(images) = self.images {
@@ -126,10 +132,19 @@ impl ReachedVm {
 }
 
 async fn inspect(qmp: &Qmp) -> Result<Machine, Failure> {
-    Machine::inspect(qmp).await.map_err(|error| {
-        let exit = if error.kind() == AccessErrorKind::LeftBehind { Exit::LeftBehind } else { Exit::Failed };
-        Failure::because(exit, "this VM cannot be backed up as it is", &error).guest(Guest::Untouched)
-    })
+    match Machine::inspect(qmp).await {
+        Ok(machine) => Ok(machine),
+        Err(error) => {
+            let exit =
+                if error.kind() == AccessErrorKind::LeftBehind { Exit::LeftBehind } else { Exit::Failed };
+            let what = match error.kind() {
+                AccessErrorKind::Silent => vm::SILENT,
+                _ => "this VM cannot be backed up as it is",
+            };
+            let failure = Failure::because(exit, what, &error).guest(Guest::Untouched);
+            Err(vm::with_state(failure, qmp).await)
+        }
+    }
 }
 
 async fn last_point(provider: &dyn Provider, name: &VmName) -> Option<PointRecord> {

@@ -1,6 +1,9 @@
 //! What came of a backup: for a person, and as the JSON that scripts depend on.
 
-use crate::{failure::Exit, text};
+use crate::{
+    failure::{Exit, StateAtTheEnd},
+    text,
+};
 use serde_json::{Value, json};
 use std::{fmt, time::Duration};
 use stillpoint_model::{DiskName, Length};
@@ -36,6 +39,8 @@ pub(crate) struct Summary {
     pub record: PointRecord,
     /// Whether the VM was off.
     pub off: bool,
+    /// What the guest did at the end.
+    pub guest: StateAtTheEnd,
     /// Where it is.
     pub provider: String,
     /// How long the guest's file systems were frozen.
@@ -66,6 +71,7 @@ impl Summary {
             "vm": self.record.vm,
             "point": format!("{}/{}", self.record.vm, self.record.id),
             "result": if self.exit == Exit::Done { "done" } else { "left-behind" },
+            "guest": self.guest.now.word(),
             "consistency": self.record.consistency,
             "consistency_reason": self.record.consistency_reason,
             "pause_ms": self.record.pause_ms,
@@ -131,6 +137,9 @@ impl fmt::Display for Summary {
                 record.consistency_reason,
                 text::bytes(self.fleecing_peak_bytes)
             )?;
+        }
+        if let Some(line) = self.guest.line() {
+            writeln!(f, "  guest: {line}")?;
         }
         write!(f, "  read {}", text::throughput(read, duration))?;
         for warning in &self.warnings {

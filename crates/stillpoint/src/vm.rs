@@ -1,12 +1,12 @@
 //! A VM as a command meets it: its monitor, and the words for what goes wrong there.
 
 use crate::{
-    failure::{Exit, Failure, Guest},
+    failure::{Exit, Failure, Guest, StateAtTheEnd},
     runtime, text,
 };
-use std::path::Path;
+use std::{path::Path, time::Duration};
 use stillpoint_qmp::{Deadlines, ErrorKind as QmpErrorKind, Qmp};
-use stillpoint_snapshot_access::{ErrorKind as AccessErrorKind, LeftOvers, RunLock};
+use stillpoint_snapshot_access::{ErrorKind as AccessErrorKind, GuestState, LeftOvers, RunLock};
 
 /// The right to work on a VM, and its monitor.
 pub(crate) struct LockedVm {
@@ -49,7 +49,7 @@ pub(crate) async fn look(socket: &Path) -> Result<Found, Failure> {
         // Nothing to lock; connecting says so.
         None
     };
-    let qmp = match Qmp::connect(socket, Deadlines::default()).await {
+    let qmp = match Qmp::connect(socket, deadlines()).await {
         Ok(qmp) => qmp,
         Err(error) => {
             let failure = monitor_failure(socket, &error);
@@ -78,13 +78,45 @@ fn monitor_failure(socket: &Path, error: &stillpoint_qmp::Error) -> Failure {
         }
         QmpErrorKind::Refused => "check that this VM runs; its socket is there but QEMU is not".to_owned(),
         QmpErrorKind::Permission => "run as root, or as the user that QEMU runs as".to_owned(),
+        QmpErrorKind::Stopped(_) => "try again".to_owned(),
         QmpErrorKind::Busy => {
             "QEMU serves one client a monitor: give it a second -qmp socket for Stillpoint, or end the other client".to_owned()
         }
         _ => format!("check that {} is a QMP monitor's socket", socket.display()),
     };
-    let what = format!("no monitor at {}", socket.display());
-    Failure::because(Exit::Failed, what, error).guest(Guest::Untouched).next(next)
+    let what = match error.kind() {
+        QmpErrorKind::Stopped(_) => SILENT.to_owned(),
+        _ => format!("no monitor at {}", socket.display()),
+    };
+    let failure = Failure::because(Exit::Failed, what, error).guest(Guest::Untouched).next(next);
+    match error.kind() {
+        QmpErrorKind::Stopped(pid) => {
+            failure.state(StateAtTheEnd { now: GuestState::Unknown { stopped: Some(pid) }, ran: false })
+        }
+        _ => failure,
+    }
+}
+
+/// How long QEMU may take. A test that waits for the end of it says less, in milliseconds: for connecting, for a command,
+/// and the grace.
+fn deadlines() -> Deadlines {
+    let default = Deadlines::default();
+    let Ok(text) = std::env::var("STILLPOINT_QMP_DEADLINES") else { return default };
+    let mut times = text.split(',').map(|time| time.parse().map(Duration::from_millis));
+    match (times.next(), times.next(), times.next()) {
+        (Some(Ok(connect)), Some(Ok(command)), Some(Ok(grace))) if stillpoint_failpoint::ENABLED => {
+            Deadlines { connect, command, grace }
+        }
+        _ => default,
+    }
+}
+
+/// The words for a QEMU that stopped answering before anything was done to its VM.
+pub(crate) const SILENT: &str = "QEMU does not answer";
+
+/// Adds what the guest does, for a failure before it was known whether it ran.
+pub(crate) async fn with_state(failure: Failure, qmp: &Qmp) -> Failure {
+    failure.state(StateAtTheEnd { now: GuestState::ask(qmp).await, ran: false })
 }
 
 /// What there was to undo.
@@ -106,6 +138,11 @@ pub(crate) async fn recover(qmp: &Qmp, retry: &str) -> Result<Recovered, Failure
             return Failure::because(Exit::Failed, "this VM cannot be backed up as it is", error)
                 .guest(Guest::Untouched);
         }
+        if kind == AccessErrorKind::Silent {
+            return Failure::because(Exit::Failed, SILENT, error)
+                .guest(Guest::Untouched)
+                .next(retry.to_owned());
+        }
         if kind != AccessErrorKind::LeftBehind {
             return Failure::because(
                 Exit::Failed,
@@ -118,7 +155,10 @@ pub(crate) async fn recover(qmp: &Qmp, retry: &str) -> Result<Recovered, Failure
             .guest(Guest::LeftBehind)
             .next(retry.to_owned())
     };
-    let found = LeftOvers::find(qmp, &runtime::directory()).await.map_err(|error| failed(&error))?;
+    let found = match LeftOvers::find(qmp, &runtime::directory()).await {
+        Ok(found) => found,
+        Err(error) => return Err(with_state(failed(&error), qmp).await),
+    };
     if found.is_empty() {
         return Ok(Recovered { undone: Vec::new(), ended: false });
     }
@@ -127,7 +167,16 @@ pub(crate) async fn recover(qmp: &Qmp, retry: &str) -> Result<Recovered, Failure
     for line in &undone {
         text::note(format!("  {line}"));
     }
-    let ended = found.undo(qmp).await.map_err(|error| failed(&error))?;
+    let ended = match found.undo(qmp).await {
+        Ok(ended) => ended,
+        Err(error) => {
+            // Some of it is undone, whatever kept the rest from it.
+            let failure =
+                Failure::because(Exit::LeftBehind, "an earlier run left something in the VM", &error);
+            let failure = failure.guest(Guest::LeftBehind).next(retry.to_owned());
+            return Err(with_state(failure, qmp).await);
+        }
+    };
     if ended {
         text::note("the guest had powered itself off during that run; its QEMU has ended now");
     }

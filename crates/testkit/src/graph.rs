@@ -1,6 +1,6 @@
 //! What is in a VM's block layer: the same before a run of the tool and after it.
 
-use crate::Guest;
+use crate::{BareMachine, Guest};
 use anyhow::Result;
 use serde_json::{Value, json};
 
@@ -11,27 +11,39 @@ impl Guest {
     /// # Errors
     /// If QEMU does not answer.
     pub fn block_graph(&mut self) -> Result<BlockGraph> {
-        let text =
-            |value: &Value, key: &str| value.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
-        let list = |value: Value| value.as_array().cloned().unwrap_or_default();
-        let mut nodes: Vec<_> = list(self.execute("query-named-block-nodes", json!({"flat": true}))?)
-            .iter()
-            .map(|node| text(node, "node-name"))
-            .collect();
-        nodes.sort();
-        let exports = list(self.execute("query-block-exports", json!({}))?).len();
-        let fd_sets = list(self.execute("query-fdsets", json!({}))?).len();
-        let mut drives = Vec::new();
-        let mut bitmaps = Vec::new();
-        for block in list(self.execute("query-block", json!({}))?) {
-            let Some(inserted) = block.get("inserted") else { continue };
-            drives.push((text(&block, "qdev"), text(inserted, "node-name")));
-            for bitmap in list(inserted.get("dirty-bitmaps").cloned().unwrap_or_default()) {
-                bitmaps.push((text(&block, "qdev"), text(&bitmap, "name")));
-            }
-        }
-        Ok(BlockGraph { nodes, exports, fd_sets, drives, bitmaps })
+        block_graph(|command, arguments| self.execute(command, arguments))
     }
+}
+
+impl BareMachine {
+    /// As [`Guest::block_graph`].
+    ///
+    /// # Errors
+    /// If QEMU does not answer.
+    pub fn block_graph(&mut self) -> Result<BlockGraph> {
+        block_graph(|command, arguments| self.execute(command, arguments))
+    }
+}
+
+fn block_graph(mut execute: impl FnMut(&str, Value) -> Result<Value>) -> Result<BlockGraph> {
+    let text =
+        |value: &Value, key: &str| value.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let list = |value: Value| value.as_array().cloned().unwrap_or_default();
+    let nodes = execute("query-named-block-nodes", json!({"flat": true}))?;
+    let mut nodes: Vec<_> = list(nodes).iter().map(|node| text(node, "node-name")).collect();
+    nodes.sort();
+    let exports = list(execute("query-block-exports", json!({}))?).len();
+    let fd_sets = list(execute("query-fdsets", json!({}))?).len();
+    let mut drives = Vec::new();
+    let mut bitmaps = Vec::new();
+    for block in list(execute("query-block", json!({}))?) {
+        let Some(inserted) = block.get("inserted") else { continue };
+        drives.push((text(&block, "qdev"), text(inserted, "node-name")));
+        for bitmap in list(inserted.get("dirty-bitmaps").cloned().unwrap_or_default()) {
+            bitmaps.push((text(&block, "qdev"), text(&bitmap, "name")));
+        }
+    }
+    Ok(BlockGraph { nodes, exports, fd_sets, drives, bitmaps })
 }
 
 /// What is in a VM's block layer.

@@ -15,15 +15,17 @@ use std::{
 
 /// The longest that a run keeps file systems frozen: what it gives a freeze, and then some for the instant.
 const FROZEN_MOST: Duration = Duration::from_secs(90);
-/// How long QEMU may take to answer. It answers within milliseconds, or hangs.
-const CONT: Duration = Duration::from_secs(120);
-/// How long an agent may take: it may still be busy with the freeze.
+/// How long a socket may take no more before it is looked at again.
+const FULL: Duration = Duration::from_secs(120);
+/// How long an agent may take once QEMU answers: it may still be busy with the freeze.
 const THAW: Duration = Duration::from_secs(600);
 /// A thaw that was lost on the way is sent again.
 const THAW_AGAIN: Duration = Duration::from_secs(30);
 
 const CONT_COMMAND: &[u8] = b"\xff\n{\"execute\":\"cont\",\"id\":\"stillpoint-guard\"}\n";
-const CONT_ANSWER: &[u8] = b"\"stillpoint-guard\"";
+/// Changes nothing.
+const STATUS_COMMAND: &[u8] = b"\xff\n{\"execute\":\"query-status\",\"id\":\"stillpoint-guard\"}\n";
+const ANSWER: &[u8] = b"\"stillpoint-guard\"";
 /// A byte that is never part of UTF-8 makes QEMU and the agent forget half a command (QMP specification, "Forcing the
 /// JSON parser into known-good state"); the agent's answer to the first command tells where the second's begins.
 const THAW_COMMAND: &[u8] = b"\xff{\"execute\":\"guest-sync-delimited\",\"arguments\":{\"id\":740921}}\n\
@@ -69,9 +71,12 @@ pub fn run() -> Option<()> {
             _ => break,
         }
     }
-    if state.paused {
-        say(stdout(), CONT_COMMAND);
-        await_answer(stdout(), Instant::now() + CONT, |heard| contains(heard, CONT_ANSWER));
+    // QEMU answers within milliseconds, or it hangs (it may be stopped, which can be why the run gave up). Then it is waited
+    // for as long as it lives: the commands of the run that it has not read yet include `stop`, and if the last holder of
+    // this socket went away it would forget the `cont` behind it. A thaw reaches the agent only through it, too.
+    if state.paused || state.frozen.is_some() {
+        say(stdout(), if state.paused { CONT_COMMAND } else { STATUS_COMMAND });
+        await_answer(stdout(), None, |heard| contains(heard, ANSWER));
     }
     // The monitor serves one client, and recovery may want to be it while the agent is still waited for.
     if let Ok(null) = std::fs::File::open("/dev/null") {
@@ -88,7 +93,7 @@ fn thaw() {
     while Instant::now() < end {
         say(stderr(), THAW_COMMAND);
         // One that has gone will not come back on this connection.
-        if await_answer(stderr(), end.min(Instant::now() + THAW_AGAIN), thawed) != Answer::Silence {
+        if await_answer(stderr(), Some(end.min(Instant::now() + THAW_AGAIN)), thawed) != Answer::Silence {
             return;
         }
     }
@@ -116,7 +121,7 @@ fn say(to: BorrowedFd<'_>, mut bytes: &[u8]) {
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => {
                 let mut wait = [PollFd::new(&to, PollFlags::OUT)];
-                let _ = poll(&mut wait, Some(&timespec(CONT)));
+                let _ = poll(&mut wait, Some(&timespec(FULL)));
             }
             Err(_) => return,
         }
@@ -131,10 +136,10 @@ enum Answer {
     Gone,
 }
 
-/// Reads until `enough`, the end of the stream, or `end`.
-fn await_answer(from: BorrowedFd<'_>, end: Instant, enough: impl Fn(&[u8]) -> bool) -> Answer {
+/// Reads until `enough`, the end of the stream, or `end`, if there is one.
+fn await_answer(from: BorrowedFd<'_>, end: Option<Instant>, enough: impl Fn(&[u8]) -> bool) -> Answer {
     let (mut heard, mut chunk) = (Vec::new(), [0u8; 4096]);
-    while readable(from, Some(end.saturating_duration_since(Instant::now()))) {
+    while readable(from, end.map(|end| end.saturating_duration_since(Instant::now()))) {
         match read(from, &mut chunk) {
             Ok(0) => return Answer::Gone,
             Ok(more) => {

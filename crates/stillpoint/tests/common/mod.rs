@@ -183,6 +183,11 @@ impl Held {
     }
 }
 
+/// Sends a signal to a process, by the signal's name.
+pub fn signal(pid: u32, name: &str) {
+    assert!(Command::new("kill").args(["-s", name, &pid.to_string()]).status().unwrap().success());
+}
+
 /// The arguments of a backup of the VM behind `qmp`.
 pub fn backup_arguments(qmp: &Path, target: &Path, more: &[&str]) -> Vec<OsString> {
     let mut arguments: Vec<OsString> = vec!["backup".into(), "vm".into(), "--json".into()];
