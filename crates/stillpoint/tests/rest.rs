@@ -214,5 +214,5 @@ fn rclone_is_started_for_a_run_and_ends_with_it_however_it_ends() {
     let nowhere = fs::read_to_string(&place.config).unwrap().replace("rclone:", "rclone:no-such-remote:");
     fs::write(&place.config, nowhere).unwrap();
     let outcome = place.run(&["points"]);
-    assert!(outcome.status == 1 && outcome.stderr.contains("rclone ended"), "{outcome:?}");
+    assert!(outcome.status == 2 && outcome.stderr.contains("rclone ended"), "{outcome:?}");
 }

@@ -117,9 +117,7 @@ impl ObjectStore {
             Ok(metadata) => return Ok(Some(metadata.content_length())),
             Err(error) if error.kind() == io::ErrorKind::NotFound && !s3 => return Ok(None),
             // An object store's answer to this has no words; to a read it has.
-            Err(error)
-                if s3
-                    && matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied) => {}
+            Err(error) if s3 && error.kind() != io::ErrorKind::TimedOut => {}
             Err(error) => return Err(error),
         }
         match self.ask(&path, Act::Read, async |operator| operator.read(&path).await) {
