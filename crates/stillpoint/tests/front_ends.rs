@@ -51,7 +51,7 @@ fn is_newer(qemu: &Qemu) -> bool {
 
 /// Qcow2 and raw in turn; the floppy is raw, since its size tells what it is.
 fn format(index: usize, name: &str) -> &'static str {
-    if index % 2 == 0 || name == "fd" || name == "vda" { "raw" } else { "qcow2" }
+    if index.is_multiple_of(2) || name == "fd" || name == "vda" { "raw" } else { "qcow2" }
 }
 
 fn machine(qemu: &Qemu, disks: &[(&str, &str)]) -> BareMachine {

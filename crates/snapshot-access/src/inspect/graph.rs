@@ -124,7 +124,7 @@ mod test {
         assert_eq!(writer(&[(6, 1, "root", true)]).unwrap(), "device vdb");
         assert_eq!(writer(&[(5, 2, "file", true)]).unwrap(), "node second");
         assert_eq!(writer(&[(6, 2, "root", true)]).unwrap(), "device vdb");
-        assert_eq!(writer(&[(2, 1, "file", true)]), None, "a graph with a loop ends the search too");
+        assert_eq!(writer(&[(2, 1, "file", false)]), None, "a graph with a loop ends the search too");
         assert_eq!(Graph::default().other_writer("disk", own), None);
     }
 }
