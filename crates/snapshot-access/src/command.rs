@@ -122,9 +122,28 @@ pub(crate) fn stop_server() -> Command {
     Command::new("nbd-server-stop")
 }
 
-/// A raw image behind a descriptor; `discard` lets space go back to the file system as the backup proceeds.
-pub(crate) fn add_fleecing(node: &NodeName, set: u64) -> Command {
-    let file = json!({"driver": "file", "filename": format!("/dev/fdset/{set}"), "locking": "off", "discard": "unmap"});
+/// To be sent with the descriptor.
+pub(crate) fn get_descriptor(name: &str) -> Command {
+    Command::with("getfd", json!({"fdname": name}))
+}
+
+pub(crate) fn close_descriptor(name: &str) -> Command {
+    Command::with("closefd", json!({"fdname": name}))
+}
+
+/// Where QEMU finds the file behind a descriptor of its own.
+pub(crate) fn own_descriptor(number: u32) -> String {
+    format!("/proc/self/fd/{number}")
+}
+
+/// Where QEMU finds the file of a descriptor set.
+pub(crate) fn of_fd_set(set: u64) -> String {
+    format!("/dev/fdset/{set}")
+}
+
+/// A raw image that is found at `place`; `discard` lets space go back to the file system as the backup proceeds.
+pub(crate) fn add_fleecing(node: &NodeName, place: &str) -> Command {
+    let file = json!({"driver": "file", "filename": place, "locking": "off", "discard": "unmap"});
     Command::with(
         "blockdev-add",
         json!({"driver": "raw", "node-name": node, "discard": "unmap", "file": file}),

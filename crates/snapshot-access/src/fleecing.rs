@@ -7,15 +7,17 @@
 
 use crate::{
     error::{Error, ErrorKind, Result},
+    process,
     step::Step,
 };
 use blkmap::Fiemap as _;
 use rustix::{
     fs::{
-        AtFlags, FallocateFlags, Mode, OFlags, SeekFrom, StatxFlags, fallocate, fchmod, fstat, fstatfs,
-        fstatvfs, ftruncate, open, seek, statvfs, statx, unlink,
+        AtFlags, FallocateFlags, Mode, OFlags, SeekFrom, StatxFlags, fallocate, fchmod, fchown, fstat,
+        fstatfs, fstatvfs, ftruncate, open, seek, statvfs, statx, unlink,
     },
     io::{Errno, ReadWriteFlags, pwrite, pwritev2},
+    process::{Gid, Uid, geteuid},
 };
 use std::{
     fs::File,
@@ -182,6 +184,20 @@ impl FleecingImage {
     /// The descriptor to hand to QEMU.
     pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
+    }
+
+    /// Its number among the descriptors of QEMU, which has it by now; that QEMU can open it again is seen to.
+    pub(crate) async fn number_in(self: &Arc<Self>, qemu: u32) -> Option<u32> {
+        let image = Arc::clone(self);
+        let find = move || {
+            // Opening it again asks for the file's permissions. It has no name, so nobody else gets there.
+            let (user, group) = process::user_of(qemu)?;
+            if user != geteuid().as_raw() {
+                fchown(&image.file, Some(Uid::from_raw(user)), Some(Gid::from_raw(group))).ok()?;
+            }
+            process::descriptors_of(qemu, &image.file).first().copied()
+        };
+        tokio::time::timeout(ANSWERS_WITHIN, tokio::task::spawn_blocking(find)).await.ok()?.ok()?
     }
 
     /// Bytes that it takes of the file system now.

@@ -7,7 +7,7 @@
 //!  stillpoint-access-0    node       snapshot access of disk 0
 //!  stillpoint-export-0    export     NBD export of the latter
 //!  stillpoint-flush-0     export     NBD export of the disk itself for a moment, to have it flushed
-//!  stillpoint-fd-0        fd set     (its `opaque`)
+//!  stillpoint-fd-0        descriptor of the fleecing image of disk 0 (named by `getfd`), or fd set (its `opaque`)
 //!  stillpoint-listener    descriptor (named by `getfd`)
 //!  stillpoint-read        bitmap     what this run reads of a disk, frozen; never stored
 //!  stillpoint.TARGET.POINT.IMAGE.DISK  bitmap   what changed on DISK since POINT was kept in TARGET, made on IMAGE

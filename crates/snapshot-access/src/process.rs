@@ -1,6 +1,10 @@
 //! Which process is meant, beyond its number: a number is given out again.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    os::fd::{AsFd, AsRawFd as _},
+    path::Path,
+};
 use stillpoint_qmp::Qmp;
 
 /// When a process started, in clock ticks since the host's boot (field 22 of `/proc/PID/stat`); `None` if there is no
@@ -13,6 +17,33 @@ pub(crate) fn started(pid: u32) -> Option<u64> {
     // A zombie waits for nothing but its parent.
     fields.next().filter(|state| !matches!(*state, "Z" | "X"))?;
     fields.nth(18)?.parse().ok()
+}
+
+/// The numbers under which a process has `file` open, as far as that can be seen. The links' texts are compared first, since
+/// looking at what else it has open may wait for storage.
+pub(crate) fn descriptors_of(pid: u32, file: impl AsFd) -> Vec<u32> {
+    use std::os::unix::fs::MetadataExt as _;
+    let own = file.as_fd().as_raw_fd();
+    let (Ok(text), Ok(is)) = (fs::read_link(format!("/proc/self/fd/{own}")), rustix::fs::fstat(&file)) else {
+        return Vec::new();
+    };
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let same = entries.filter(|entry| {
+        let path = entry.path();
+        fs::read_link(&path).is_ok_and(|found| found == text)
+            && fs::metadata(&path).is_ok_and(|found| found.dev() == is.st_dev && found.ino() == is.st_ino)
+    });
+    same.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+}
+
+/// The user that a process acts as, and its group.
+pub(crate) fn user_of(pid: u32) -> Option<(u32, u32)> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let effective = |key: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(key))?;
+        line.split_whitespace().nth(1)?.parse().ok()
+    };
+    Some((effective("Uid:")?, effective("Gid:")?))
 }
 
 /// This boot of the host; empty where the kernel does not tell.
@@ -52,6 +83,17 @@ pub(crate) fn qemu_is_gone(key: &str) -> bool {
 #[cfg(test)]
 mod test {
     use super::*;
+
+    #[test]
+    fn an_open_file_is_found_by_what_it_is() {
+        let file = tempfile::tempfile().unwrap();
+        let own = std::process::id();
+        assert_eq!(descriptors_of(own, &file), [u32::try_from(file.as_raw_fd()).unwrap()]);
+        let again = file.try_clone().unwrap();
+        assert_eq!(descriptors_of(own, &again).len(), 2);
+        assert!(descriptors_of(4_194_304, &file).is_empty(), "beyond the highest number that Linux gives");
+        assert_eq!(user_of(own).unwrap().0, rustix::process::geteuid().as_raw());
+    }
 
     #[test]
     fn a_process_is_known_by_its_number_and_its_start() {

@@ -160,6 +160,7 @@ async fn in_the_graph(qmp: &Qmp, journal: &[Step]) -> Result<Vec<Step>> {
     let of_kind = |name: &str| journal.iter().filter(|step| step.name() == name).cloned().collect::<Vec<_>>();
     steps.extend(of_kind("fleecing-file"));
     steps.extend(of_kind("listener"));
+    steps.extend(of_kind("descriptor"));
     // Alone with our exports, or with a run of ours that got as far as making some, the server is ours. With one that
     // only began to start it, its monitor's descriptor tells, so it has to be this monitor.
     let begun = Step::Begin { monitor: process::socket_key(qmp.path()) };
@@ -196,7 +197,7 @@ async fn in_the_graph(qmp: &Qmp, journal: &[Step]) -> Result<Vec<Step>> {
 /// size, and the guest with it.
 async fn storage_that_hangs(journal: &[Step]) -> Option<Error> {
     let directory = |step: &Step| match step {
-        Step::FdSet { directory, .. } => Some(directory.clone()),
+        Step::Descriptor { directory, .. } | Step::FdSet { directory, .. } => Some(directory.clone()),
         _ => None,
     };
     for directory in journal.iter().filter_map(directory).collect::<BTreeSet<_>>() {

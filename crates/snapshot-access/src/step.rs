@@ -9,6 +9,7 @@
 //! | `Listener`       | a directory; `getfd`               | directory removed; `closefd`                    |
 //! | `Server`         | `nbd-server-start`                 | `nbd-server-stop`, if it took our listener      |
 //! | `FleecingFile`   | a file, where it must have a name  | file removed                                    |
+//! | `Descriptor`     | `getfd`                            | `closefd`                                       |
 //! | `FdSet`          | `add-fd`                           | `remove-fd`                                     |
 //! | `Node`           | `blockdev-add`                     | `blockdev-del`                                  |
 //! | `NewBitmap`      | `block-dirty-bitmap-add`           | `block-dirty-bitmap-remove`, by outcome         |
@@ -57,6 +58,11 @@ pub(crate) enum Step {
         path: PathBuf,
     },
     /// `directory` is where the descriptor's file is.
+    Descriptor {
+        name: String,
+        directory: PathBuf,
+    },
+    /// Likewise.
     FdSet {
         opaque: String,
         directory: PathBuf,
@@ -103,6 +109,7 @@ impl Step {
             Self::Listener { .. } => "listener",
             Self::Server => "server",
             Self::FleecingFile { .. } => "fleecing-file",
+            Self::Descriptor { .. } => "descriptor",
             Self::FdSet { .. } => "fd-set",
             Self::Node { .. } => "node",
             Self::NewBitmap { .. } => "new-bitmap",
@@ -123,6 +130,7 @@ impl Step {
             Self::ShutdownAction => power::settle(qmp).await.map(|_| ()),
             Self::Listener { .. } => gone(qmp, command::close_listener()).await,
             Self::Server => stop_server(qmp).await,
+            Self::Descriptor { name, .. } => gone(qmp, command::close_descriptor(name)).await,
             Self::FdSet { opaque, .. } => remove_fd_sets(qmp, opaque).await,
             Self::Node { name } => delete_node(qmp, name).await,
             Self::ReadBitmap { node } => {
@@ -175,6 +183,7 @@ impl Step {
             Self::Listener { .. } => "descriptor of the NBD listener".into(),
             Self::Server => "NBD server".into(),
             Self::FleecingFile { path } => format!("fleecing image {}", path.display()),
+            Self::Descriptor { name, .. } => format!("descriptor {name}"),
             Self::FdSet { opaque, .. } => format!("descriptor set {opaque}"),
             Self::Node { name } => format!("block node {name}"),
             Self::NewBitmap { node, name } => format!("bitmap {name} on node {node}"),

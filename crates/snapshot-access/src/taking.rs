@@ -380,6 +380,9 @@ impl Taking {
         let directory = &settings.fleecing_directory;
         let image = FleecingImage::create(directory, plan.disk.size, &mut |step| self.steps.record(step))?;
         let image = Arc::new(image);
+        if self.open_by_descriptor(names, &image).await? {
+            return Ok(image);
+        }
         self.steps.record(Step::FdSet { opaque: names.fd_set.clone(), directory: directory.clone() })?;
         let reply = self.qmp.execute_with_fd(command::add_fd(&names.fd_set), image.descriptor()).await;
         let reply = reply.map_err(|error| qmp_error("hand a fleecing image to QEMU", error))?;
@@ -387,8 +390,40 @@ impl Taking {
         let set =
             set.ok_or_else(|| Error::new(ErrorKind::Inconsistent, "QEMU tells no id of a descriptor set"))?;
         self.steps.record(Step::Node { name: names.fleecing.clone() })?;
-        self.execute("open a fleecing image in QEMU", command::add_fleecing(&names.fleecing, set)).await?;
+        self.execute(
+            "open a fleecing image in QEMU",
+            command::add_fleecing(&names.fleecing, &command::of_fd_set(set)),
+        )
+        .await?;
         Ok(image)
+    }
+
+    /// Has QEMU open the image by a descriptor that it has for that moment only. Below 9.1 QEMU keeps a descriptor of a set
+    /// that was removed until the guest runs, so in a VM that is paused each run would leave one (seen on 7.2). `false` if
+    /// QEMU's descriptors are not to be seen, or it cannot open one of them again: without `/proc`, or held by rules.
+    async fn open_by_descriptor(&mut self, names: &Names, image: &Arc<FleecingImage>) -> Result<bool> {
+        let Some(pid) = self.qmp.peer_pid() else { return Ok(false) };
+        let (name, directory) = (names.fd_set.clone(), image.directory().to_owned());
+        self.steps.record(Step::Descriptor { name: name.clone(), directory })?;
+        let passed = self.qmp.execute_with_fd(command::get_descriptor(&name), image.descriptor()).await;
+        passed.map_err(|error| qmp_error("hand a fleecing image to QEMU", error))?;
+        let opened = match image.number_in(pid).await {
+            Some(number) => {
+                self.steps.record(Step::Node { name: names.fleecing.clone() })?;
+                let place = command::own_descriptor(number);
+                match self.qmp.execute(command::add_fleecing(&names.fleecing, &place)).await {
+                    Ok(_) => true,
+                    Err(error) if error.class().is_some() => {
+                        tracing::debug!(desc = error.desc(), "QEMU does not open its own descriptor again");
+                        false
+                    }
+                    Err(error) => return Err(qmp_error("open a fleecing image in QEMU", error)),
+                }
+            }
+            None => false,
+        };
+        self.execute("let go of a descriptor", command::close_descriptor(&name)).await?;
+        Ok(opened)
     }
 
     /// All new bitmaps start to record here, before the instant: what they hold is then a superset of what changes

@@ -4,10 +4,13 @@
 //! until `recover`. It gives these images up at once, keeps them empty, and ends when QEMU has closed them.
 
 use super::{LATEST, MESSAGE, SOONEST, free, look_again_in};
-use crate::fleecing::{mark_given_up, take_back, used};
+use crate::{
+    fleecing::{mark_given_up, take_back, used},
+    process::descriptors_of,
+};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
-    fs::{FileType, fstat, stat},
+    fs::{FileType, fstat},
     io::{Errno, write},
     net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg},
     stdio::stdin,
@@ -27,7 +30,7 @@ const STILL_OPEN: Duration = Duration::from_secs(1);
 struct Watch {
     spaces: Vec<(OwnedFd, Length)>,
     images: Vec<(OwnedFd, u64)>,
-    qemu: Option<u64>,
+    qemu: Option<u32>,
     begun: bool,
     given_up: bool,
 }
@@ -89,7 +92,7 @@ impl Watch {
         match (word, descriptor) {
             (b'S', Some(directory)) => self.spaces.push((directory, Length::new(number))),
             (b'I', Some(image)) => self.images.push((image, number)),
-            (b'Q', _) => self.qemu = Some(number),
+            (b'Q', _) => self.qemu = u32::try_from(number).ok(),
             (b'B', _) => {
                 self.begun = true;
                 let _ = write(stdin(), b"r");
@@ -150,17 +153,7 @@ impl Watch {
     /// Where that cannot be seen, they count as closed: nobody would tell otherwise when to end.
     fn are_open_in_qemu(&self) -> bool {
         let Some(qemu) = self.qemu else { return false };
-        let Ok(entries) = std::fs::read_dir(format!("/proc/{qemu}/fd")) else { return false };
-        let ours: Vec<_> = self
-            .images
-            .iter()
-            .filter_map(|(image, _)| fstat(image).ok())
-            .map(|s| (s.st_dev, s.st_ino))
-            .collect();
-        entries
-            .flatten()
-            .filter_map(|entry| stat(entry.path()).ok())
-            .any(|open| ours.contains(&(open.st_dev, open.st_ino)))
+        self.images.iter().any(|(image, _)| !descriptors_of(qemu, image).is_empty())
     }
 }
 
