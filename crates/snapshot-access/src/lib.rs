@@ -39,6 +39,7 @@
 
 mod access;
 mod bitmap;
+mod bitmaps;
 mod command;
 mod direct;
 mod discard;
@@ -69,6 +70,7 @@ mod watch;
 
 pub use access::{Canceller, DiskPlan, DiskState, ReadMode, Settings, SnapshotAccess};
 pub use bitmap::Chain;
+pub use bitmaps::PointBitmap;
 pub use discard::DiscardPlanner;
 pub use error::{Error, ErrorKind, Result};
 pub use freeze::Freeze;

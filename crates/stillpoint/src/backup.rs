@@ -53,7 +53,7 @@ impl Job<'_> {
     /// # Errors
     /// Whatever failed, after everything was undone (unless the exit status says otherwise).
     pub(crate) async fn run(&self, interrupt: &Interrupt) -> Result<Summary, Failure> {
-        let mut vm = ReachedVm::reach(self.name.as_ref(), self.vm, self.provider).await?;
+        let mut vm = ReachedVm::reach(self.name.as_ref(), self.vm, Some(self.provider)).await?;
         let made = self.of(&mut vm, interrupt).await;
         let off = vm.machine.off;
         let guest = vm.guest().await;

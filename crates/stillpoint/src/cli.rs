@@ -45,6 +45,9 @@ pub enum Command {
     Key(Key),
     /// Look whether everything is in place; each finding comes with the next command to type.
     Doctor(Doctor),
+    /// See and remove the bitmaps that Stillpoint keeps in a VM's images, one for each disk and target.
+    #[command(subcommand)]
+    Bitmaps(Bitmaps),
     /// Undo what a run that died left in a VM.
     Recover(Recover),
     /// Manage targets.
@@ -290,6 +293,44 @@ pub struct Doctor {
     pub qmp: Option<PathBuf>,
     #[command(flatten)]
     pub place: Where,
+}
+
+/// `bitmaps`.
+#[derive(Debug, Subcommand)]
+pub enum Bitmaps {
+    /// List them: disk, target, point, what each marks as changed, and whether its target is there.
+    List {
+        #[command(flatten)]
+        of: OneVm,
+        /// Print one JSON array.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove them; the next point in their targets is a full one. Needed before a VM goes back to an internal snapshot.
+    #[command(group = clap::ArgGroup::new("which").required(true).args(["target", "to", "gone", "all"]))]
+    Remove {
+        #[command(flatten)]
+        of: OneVm,
+        #[command(flatten)]
+        place: Where,
+        /// Those of targets that are neither in the configuration file nor where this host has seen them.
+        #[arg(long)]
+        gone: bool,
+        /// All of Stillpoint's. Nobody else's are touched.
+        #[arg(long)]
+        all: bool,
+    },
+}
+
+/// A VM, by its name or its monitor.
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("one-vm").required(true).args(["vm", "qmp"]))]
+pub struct OneVm {
+    /// A VM of the configuration file.
+    pub vm: Option<VmName>,
+    /// Monitor socket of the VM.
+    #[arg(long, value_name = "SOCKET")]
+    pub qmp: Option<PathBuf>,
 }
 
 /// `recover`.

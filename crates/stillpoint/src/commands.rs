@@ -2,6 +2,7 @@
 
 use crate::{
     backup::Job,
+    bitmaps,
     cli::{self, Cli, Command, PointName},
     config::{Config, Vm},
     doctor,
@@ -30,6 +31,7 @@ pub async fn run(cli: Cli) -> Exit {
         Command::Restore(arguments) => restore::run(&cli.config, &arguments).await,
         Command::Verify(arguments) => verify::run(&cli.config, &arguments).await,
         Command::Doctor(arguments) => doctor::run(&cli.config, &arguments).await,
+        Command::Bitmaps(command) => bitmaps::run(&cli.config, &command).await,
         Command::Recover(arguments) => recover(&cli.config, &arguments).await,
         Command::Provider(command) => provider_check::run(&command).await,
         Command::Target(cli::Target::Init { name, to }) => {

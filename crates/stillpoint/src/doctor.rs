@@ -3,7 +3,7 @@
 mod target;
 
 use crate::{
-    cli,
+    bitmaps, cli,
     config::{Config, Vm},
     failure::{Exit, Failure},
     runtime,
@@ -13,7 +13,7 @@ use crate::{
 };
 use std::path::Path;
 use stillpoint_model::VmName;
-use stillpoint_snapshot_access::{LeftOvers, Machine};
+use stillpoint_snapshot_access::{LeftOvers, Machine, PointBitmap};
 
 /// What was found out about one thing.
 struct Report {
@@ -151,6 +151,10 @@ async fn look_at_qemu(name: Option<&VmName>, socket: &Path, vm: &Vm, report: &mu
         Ok(machine) => machine,
         Err(error) => return report.bad(crate::failure::chain(&error), None),
     };
+    match PointBitmap::all(qmp).await {
+        Ok(found) => found_bitmaps(&found, report),
+        Err(error) => report.bad(crate::failure::chain(&error), None),
+    }
     let selection = Selection::of(vm, &machine);
     for disk in &selection.disks {
         let read_only = if disk.read_only { ", read-only" } else { "" };
@@ -165,6 +169,12 @@ async fn look_at_qemu(name: Option<&VmName>, socket: &Path, vm: &Vm, report: &mu
     }
     for (disk, why) in &selection.obstacles {
         report.bad(format!("disk {disk}: {why}"), Some(&selection::leave_out(disk, name)));
+    }
+}
+
+fn found_bitmaps(found: &[PointBitmap], report: &mut Report) {
+    if let Some(line) = bitmaps::summary(found) {
+        report.good(line);
     }
 }
 

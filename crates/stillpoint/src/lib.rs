@@ -10,6 +10,7 @@
 //! ```
 
 mod backup;
+mod bitmaps;
 mod cli;
 mod commands;
 mod config;

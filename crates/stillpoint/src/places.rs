@@ -129,7 +129,6 @@ impl Places {
     }
 
     /// The places that `target` was seen in, as far as the files can be read.
-    #[allow(dead_code, reason = "for whoever looks at bitmaps: where is their target?")]
     pub(crate) fn of(&self, target: &TargetId) -> Vec<String> {
         let Ok(Some(directory)) = self.open() else { return Vec::new() };
         let names = directory.names().unwrap_or_default();

@@ -1,7 +1,7 @@
 //! The words for what a provider says: each kind of error with what to do next.
 
 use crate::{
-    cli::{Command, Key, Target, Where},
+    cli::{Bitmaps, Command, Key, Target, Where},
     failure::{Exit, Failure, Guest},
 };
 use std::path::Path;
@@ -91,7 +91,8 @@ impl TypedTarget {
             Command::Target(Target::Init { name, to }) => {
                 return Self::of(&Where { target: name.clone(), to: to.clone() });
             }
-            Command::Recover(_) | Command::Provider(_) => None,
+            Command::Bitmaps(Bitmaps::Remove { place, .. }) => return Self::of(place),
+            Command::Bitmaps(Bitmaps::List { .. }) | Command::Recover(_) | Command::Provider(_) => None,
         };
         Self::of(&Where { target, to: None })
     }

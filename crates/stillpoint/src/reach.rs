@@ -31,14 +31,14 @@ pub(crate) struct ReachedVm {
 
 impl ReachedVm {
     /// Locks it, undoes what an earlier run left, and looks at it. A VM that is off is known by its configuration or by
-    /// its last point in `provider`.
+    /// its last point in `provider`, if there is one to ask.
     ///
     /// # Errors
     /// Exit status 4 if another run works on it; with what to do if it can be reached neither way.
     pub(crate) async fn reach(
         name: Option<&VmName>,
         vm: &Vm,
-        provider: &dyn Provider,
+        provider: Option<&dyn Provider>,
     ) -> Result<Self, Failure> {
         let absent = match &vm.qmp {
             Some(socket) => match vm::lock(socket).await? {
@@ -47,9 +47,9 @@ impl ReachedVm {
             },
             None => Failure::usage("nothing tells where this VM is").next("give it `qmp` or `disks`"),
         };
-        let record = match name {
-            Some(name) => last_point(provider, name).await,
-            None => None,
+        let record = match (name, provider) {
+            (Some(name), Some(provider)) => last_point(provider, name).await,
+            _ => None,
         };
         if !vm.disks.is_empty() {
             let skipped = record.map(|record| unnamed_disks(&record, vm)).unwrap_or_default();

@@ -2,6 +2,7 @@
 //! promises what the other keeps.
 
 use crate::{
+    bitmaps,
     config::Vm,
     failure::{Exit, Failure, Guest},
 };
@@ -49,6 +50,9 @@ impl<'a> Selection<'a> {
                     .push(format!("disk {disk} is to be excluded, and the VM has no such disk"));
             }
         }
+        let crowded =
+            machine.disks.iter().filter_map(|disk| bitmaps::too_many(disk.name.as_str(), disk.targets()));
+        selection.warnings.extend(crowded);
         selection.skipped.extend(machine.skipped.iter().cloned());
         if selection.disks.is_empty() && selection.obstacles.is_empty() {
             selection.warnings.push(match selection.skipped.len() {
