@@ -19,7 +19,7 @@ const EIO: u32 = 5;
 fn fail_writes(guest: &mut Guest, number: u32, errno: u32, once: bool) {
     let node = format!("failing-{number}");
     // Above the file and below qcow2, whose events these are.
-    let rule = json!({"event": "write_aio", "errno": errno, "once": once});
+    let rule = json!({"event": "write_aio", "iotype": "write", "errno": errno, "once": once});
     let node_below =
         json!({"driver": "blkdebug", "node-name": node, "image": "file-vda", "inject-error": [rule]});
     guest.execute("blockdev-add", node_below).unwrap();
