@@ -14,7 +14,7 @@
 //!    x  (dies)  end of stream ---->|  undoes what it remembers, ends
 //! ```
 //!
-//! A run that gives up because QEMU does not answer leaves its end to the guard in the same way (ADR 0021): the guard stays
+//! A run that gives up because QEMU does not answer leaves its end to the guard in the same way (ADR 0023): the guard stays
 //! with the monitor's socket as long as QEMU lives, and sees to it that the guest runs as soon as QEMU answers.
 //!
 //! A run that is stopped (SIGSTOP, Ctrl-Z) is no dead one, but a guest that stays frozen for it is harmed all the same,

@@ -185,8 +185,13 @@ pub(crate) fn watch_guest(
                 Some(Ok(_)) => continue,
             }
             if runs && stands_in_io_error(&qmp).await.unwrap_or(false) {
-                let error = IoError { disk: None, write: true, no_space: false, stops: true };
-                return end(&stop, Stop::IoError(error));
+                // What it stopped for was told before this answer.
+                let told = std::iter::from_fn(|| events.try_next()).flatten();
+                let mut errors = told.filter(|event| event.name == "BLOCK_IO_ERROR");
+                let named =
+                    errors.find_map(|event| Some(IoError::of(&event.data, &disks)).filter(|it| it.stops));
+                let unnamed = IoError { disk: None, write: true, no_space: false, stops: true };
+                return end(&stop, Stop::IoError(named.unwrap_or(unnamed)));
             }
         }
     })

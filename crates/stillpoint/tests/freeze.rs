@@ -281,6 +281,29 @@ fn a_signal_in_the_freeze_ends_it() {
     setting.is_thawed_and_running();
 }
 
+/// QEMU stops while the guest is frozen: the run gives up, and the guard thaws when QEMU answers again.
+#[test]
+fn a_guest_that_is_frozen_when_its_qemu_stops_is_thawed_by_the_guard() {
+    let mut setting = Setting::new(Manner::Good);
+    setting.tool = setting.tool.clone().env("STILLPOINT_QMP_DEADLINES", "5000,1000,500");
+    let pid = setting.machine.pid().unwrap();
+    let held = Held::at(&setting.tool, "frozen#1", setting.arguments(60));
+    common::signal(pid, "STOP");
+    let stopped = Instant::now();
+    let outcome = held.go_on();
+    assert!(stopped.elapsed() < Duration::from_secs(15), "{:?}", stopped.elapsed());
+    assert_eq!(outcome.status, 3, "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("is stopped (SIGSTOP)"), "{}", outcome.stderr);
+    assert!(setting.agent.frozen.load(Ordering::SeqCst), "nothing can have reached a real agent by now");
+    common::signal(pid, "CONT");
+    setting.agent.thaws.recv_timeout(Duration::from_secs(20)).unwrap();
+    let qmp = setting.machine.qmp().display().to_string();
+    let recovered = setting.tool.run(["recover", "--qmp", &qmp]).unwrap();
+    assert_eq!(recovered.status, 0, "{recovered:?}");
+    setting.is_thawed_and_running();
+    common::no_process_is_left(setting.machine.work(), "the guard has done its work");
+}
+
 #[test]
 fn a_thaw_that_is_not_answered_is_told_and_recovered() {
     let mut setting = Setting::new(Manner::NeverThaws);

@@ -264,7 +264,7 @@ fn without_the_guard_the_guest_stays_paused() {
         assert!(Instant::now() < deadline, "the guest is not paused");
         std::thread::sleep(Duration::from_millis(2));
     }
-    let guards = children(held.pid());
+    let guards = common::children(held.pid());
     assert_eq!(guards.len(), 1, "{guards:?}");
     for pid in guards.iter().chain([&held.pid()]) {
         assert!(Command::new("kill").args(["-s", "KILL", &pid.to_string()]).status().unwrap().success());
@@ -280,15 +280,6 @@ fn without_the_guard_the_guest_stays_paused() {
     let next = cuts.cut(&[]);
     cuts.judge_all(&[first, next]);
     cuts.end();
-}
-
-/// The processes that a process has started.
-fn children(parent: u32) -> Vec<u32> {
-    let tasks = std::fs::read_dir(format!("/proc/{parent}/task")).unwrap();
-    let lists = tasks.filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("children")).ok());
-    lists
-        .flat_map(|list| list.split_whitespace().map(|pid| pid.parse().unwrap()).collect::<Vec<_>>())
-        .collect()
 }
 
 fn status(guest: &mut Guest) -> String {

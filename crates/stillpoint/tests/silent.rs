@@ -258,6 +258,81 @@ fn a_qemu_that_answers_late_is_cleaned_up_by_the_run_itself() {
     no_process_is_left(vm.machine.work(), "at the end");
 }
 
+/// QEMU stops in the pause: `stop` is done, and the `cont` behind it is not even sent.
+fn stopped_in_the_pause(vm: &mut Vm, kill_the_guard: bool) {
+    let held = Held::at(&vm.tool, "pipeline:torn#1", vm.arguments());
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while vm.machine.status().unwrap() != "paused" {
+        assert!(Instant::now() < deadline, "the guest is not paused");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let guards = common::children(held.pid());
+    assert_eq!(guards.len(), 1, "{guards:?}");
+    signal(vm.pid(), "STOP");
+    let outcome = held.go_on();
+    assert_eq!(outcome.status, 3, "{outcome:?}");
+    tells_the_truth(&outcome, vm.pid(), "in the pause");
+    if kill_the_guard {
+        signal(guards[0], "KILL");
+    }
+    signal(vm.pid(), "CONT");
+}
+
+#[test]
+fn a_guest_whose_qemu_stops_in_the_pause_is_resumed_by_the_guard() {
+    let mut vm = Vm::start();
+    let before = vm.machine.block_graph().unwrap();
+    stopped_in_the_pause(&mut vm, false);
+    // Nobody recovers: it is the guard that resumes it.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while vm.machine.status().unwrap() != "running" {
+        assert!(Instant::now() < deadline, "the guest stays paused");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    no_process_is_left(vm.machine.work(), "the guard has done its work");
+    is_as_before(&mut vm, &before, "with the guard");
+    // The negative control: without it the guest stays paused, until recovery.
+    stopped_in_the_pause(&mut vm, true);
+    for _ in 0..20 {
+        assert_eq!(vm.machine.status().unwrap(), "paused", "something else resumes it");
+    }
+    is_as_before(&mut vm, &before, "without the guard");
+}
+
+/// What the guest does stands in what a run prints, also when it is no alarm.
+#[test]
+fn the_state_of_the_guest_is_told_at_the_end() {
+    let mut vm = Vm::start();
+    assert_eq!(vm.backup()["guest"], "running");
+    vm.machine.execute("stop", serde_json::json!({})).unwrap();
+    let paused = vm.backup();
+    assert_eq!((&paused["guest"], &paused["warnings"]), (&"paused".into(), &serde_json::json!([])));
+    let target = vm.machine.work().join("target");
+    let qmp = vm.machine.qmp();
+    let arguments = ["backup", "vm", "--qmp", qmp.to_str().unwrap(), "--to", target.to_str().unwrap()];
+    let told = vm.tool.run(arguments).unwrap();
+    assert!(told.stdout.contains("guest: does not run (paused), as before"), "{told:?}");
+    vm.machine.execute("cont", serde_json::json!({})).unwrap();
+    let told = vm.tool.run(arguments).unwrap();
+    assert!(told.stdout.contains("guest: running"), "{told:?}");
+    // Somebody pauses it in the middle of a run that then fails.
+    for (status, action) in [(0, "CONT"), (130, "INT")] {
+        let held = Held::at(&vm.tool, "taken#1", vm.arguments());
+        vm.machine.execute("stop", serde_json::json!({})).unwrap();
+        if action == "INT" {
+            held.signal("INT");
+        }
+        let outcome = held.go_on();
+        assert_eq!(outcome.status, status, "{outcome:?}");
+        let printed: Value = serde_json::from_str(&outcome.stdout).unwrap();
+        assert_eq!(printed["guest"], "paused", "{outcome:?}");
+        for word in ["does not run (paused), though it ran before", "`cont` on its monitor"] {
+            assert!(outcome.stderr.contains(word), "{outcome:?}");
+        }
+        vm.machine.execute("cont", serde_json::json!({})).unwrap();
+    }
+}
+
 /// Ten VMs, three of them bad: one is stopped before its turn, one is not there, one is stopped in mid-run.
 #[test]
 fn of_ten_vms_three_bad_ones_are_named_and_seven_are_done() {
