@@ -49,6 +49,8 @@ pub(crate) enum Mark {
     Freezing = b'F',
     Pausing = b'P',
     Resumed = b'R',
+    /// The run goes on, and only the file systems are left to the guard: the monitor's socket is the run's.
+    GoesOn = b'G',
     Done = b'D',
 }
 

@@ -194,6 +194,9 @@ impl Taking {
             thawed
         } else {
             // As if we were dead: the guard goes on trying.
+            if let Err(error) = guard.mark(Mark::GoesOn).await {
+                tracing::debug!(error = error_chain(&error), "the guard of the guest is gone");
+            }
             drop(guard);
             Ok(())
         };

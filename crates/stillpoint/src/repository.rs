@@ -35,11 +35,7 @@ pub(crate) async fn forget(path: &Path, arguments: &cli::Forget) -> Result<Exit,
             "{} keeps points that are increments to each other, and forgets none by rules",
             directory.name()
         );
-        let error = Error::new(ErrorKind::Unsupported, what);
-        let place = TypedTarget::of(&arguments.place).options().to_owned();
-        return Err(
-            failed(&error).next(format!("to drop damaged points: stillpoint forget --damaged{place}"))
-        );
+        return Err(Failure::usage(what).next("to drop damaged points: stillpoint forget --damaged{target}"));
     }
     let repository = config.repository(arguments.place.target.as_deref(), path)?;
     let retention = Retention {

@@ -354,7 +354,11 @@ fn guard_of(run: u32) -> u32 {
         let children = std::fs::read_to_string(task.unwrap().path().join("children")).unwrap_or_default();
         found.extend(children.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
     }
-    *found.first().unwrap_or_else(|| panic!("no guard: {children}"))
+    let is_guard = |pid: &&u32| {
+        let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.contains("--guard-the-guest")
+    };
+    *found.iter().find(is_guard).unwrap_or_else(|| panic!("no guard: {children}"))
 }
 
 /// What ext4 says of itself in a restored image: its journal has to be replayed, or not; and how many files were written.

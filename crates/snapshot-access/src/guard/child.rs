@@ -37,6 +37,7 @@ const SYNCHRONISED: &[u8] = b"740921";
 struct State {
     frozen: Option<Instant>,
     paused: bool,
+    run_goes_on: bool,
 }
 
 /// Guards until the run is done or dead. Standard input is the control socket, standard output the monitor's socket,
@@ -66,6 +67,7 @@ pub fn run() -> Option<()> {
                 [b'F'] => state.frozen = Some(Instant::now()),
                 [b'P'] => state.paused = true,
                 [b'R'] => state.paused = false,
+                [b'G'] => state.run_goes_on = true,
                 _ => return Some(()),
             },
             _ => break,
@@ -73,8 +75,9 @@ pub fn run() -> Option<()> {
     }
     // QEMU answers within milliseconds, or it hangs (it may be stopped, which can be why the run gave up). Then it is waited
     // for as long as it lives: the commands of the run that it has not read yet include `stop`, and if the last holder of
-    // this socket went away it would forget the `cont` behind it. A thaw reaches the agent only through it, too.
-    if state.paused || state.frozen.is_some() {
+    // this socket went away it would forget the `cont` behind it. A thaw reaches the agent only through it, too. While the run goes on, a
+    // word of ours would come in between its own.
+    if state.paused || state.frozen.is_some() && !state.run_goes_on {
         say(stdout(), if state.paused { CONT_COMMAND } else { STATUS_COMMAND });
         await_answer(stdout(), None, |heard| contains(heard, ANSWER));
     }

@@ -283,4 +283,4 @@ fn backup_failed(outcome: &Outcome, status: i32, words: &[&str]) {
     assert!(line("points:"), "{}", outcome.stderr);
 }
 
-const UNTOUCHED: &str = "guest:  was not touched";
+const UNTOUCHED: &str = "was not touched";
