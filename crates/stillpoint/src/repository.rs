@@ -6,7 +6,7 @@ use crate::{
     config::Config,
     failure::{Exit, Failure, Guest},
     progress::{BytesProgress, StepsProgress},
-    provider_failure::{TypedTarget, provider_failure},
+    provider_failure::provider_failure,
     text::{self, note, print},
 };
 use serde_json::json;

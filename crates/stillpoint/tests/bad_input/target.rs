@@ -51,7 +51,7 @@ fn the_target_is_full() {
     let mut vm = place.machine(&["vda.img"], &[]);
     let mut before = vm.graph();
     let outcome = place.backup();
-    backup_failed(&outcome, 1, &["make room in the target", "guest:  runs on as before"]);
+    backup_failed(&outcome, 1, &["make room in the target", "nothing of this run is left in it"]);
     let mut after = vm.graph();
     // QEMU keeps a removed descriptor until the guest runs, which this one does not.
     for graph in [&mut before, &mut after] {
