@@ -214,7 +214,7 @@ mod test {
                 && !done(u64::MAX, u64::MAX, 2)
         );
         // All of it in the second factor, which is of nobody's memory per core.
-        assert!(!done(2, 1, 1 << 28) && !done(2, 1 << 20, 1 << 10));
+        assert!(!done(2, 1, 1 << 28) && !done(2, 1 << 20, 1 << 10) && !done(2, 8, 1 << 20));
         assert!(cost(b"not a key").is_err());
     }
 }

@@ -57,6 +57,8 @@ struct Asked {
     query: Option<&'static str>,
     range: Option<(u64, u64)>,
     content: Option<Bytes>,
+    /// Most bytes of a whole file; less than [`LARGEST`] if there is some.
+    most: Option<u64>,
 }
 
 impl RestStore {
@@ -205,7 +207,7 @@ impl RestStore {
             (Some((first, last)), StatusCode::PARTIAL_CONTENT) => {
                 last.saturating_sub(first).saturating_add(1)
             }
-            _ => LARGEST,
+            _ => asked.most.map_or(LARGEST, |most| most.min(LARGEST)),
         };
         let mut content = BytesMut::new();
         while let Some(piece) = response.chunk().await.map_err(|error| self.unanswered(error))? {
@@ -277,8 +279,8 @@ impl RestStore {
         }
     }
 
-    fn get(&self, path: &str, range: Option<(u64, u64)>) -> io::Result<Bytes> {
-        let answer = self.ask(&Method::GET, path, &Asked { range, ..Asked::default() })?;
+    fn get(&self, path: &str, range: Option<(u64, u64)>, most: Option<u64>) -> io::Result<Bytes> {
+        let answer = self.ask(&Method::GET, path, &Asked { range, most, ..Asked::default() })?;
         match (answer.status, range) {
             (StatusCode::NOT_FOUND, _) => Err(not_found(path)),
             (StatusCode::OK, None) | (StatusCode::PARTIAL_CONTENT, Some(_)) => Ok(answer.content),
@@ -356,14 +358,14 @@ impl Store for RestStore {
 
     fn read_into(&self, folder: Folder, name: &str, content: &mut Vec<u8>) -> io::Result<()> {
         content.clear();
-        content.extend_from_slice(&self.get(&path(folder, name), None)?);
+        content.extend_from_slice(&self.get(&path(folder, name), None, Some(folder.most()))?);
         Ok(())
     }
 
     fn read_part(&self, folder: Folder, name: &str, offset: u64, length: u64) -> io::Result<BytesMut> {
         let path = path(folder, name);
         let last = offset.saturating_add(length).saturating_sub(1);
-        let got = self.get(&path, Some((offset, last)))?;
+        let got = self.get(&path, Some((offset, last)), None)?;
         if got.len() as u64 != length {
             let short = format!("{path} is shorter than it was");
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, short));
@@ -468,8 +470,11 @@ mod test {
         let elsewhere =
             "HTTP/1.1 301 Moved\r\nLocation: /vms/\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
         let endless = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n0\r\n\r\n";
-        let (url, told) = scripted(&[&much, elsewhere, endless]);
+        let large = answer("200 OK", "x", &"x".repeat((1 << 20) + 1));
+        let (url, told) = scripted(&[&large, &much, elsewhere, endless]);
         with(&url, |store| {
+            let key = store.read(Folder::Keys, NAME).unwrap_err();
+            assert!(key.to_string().contains("more than 1048576 bytes"), "{key}");
             let more = store.read_part(Folder::Data, NAME, 0, 2).unwrap_err();
             assert!(more.to_string().contains("more than 2 bytes"), "{more}");
             // A POST that is sent elsewhere is a GET there, and nothing is written.
@@ -479,7 +484,7 @@ mod test {
             assert!(store.list(Folder::Config).is_err());
         })
         .await;
-        assert_eq!(told.iter().count(), 3, "each was asked once");
+        assert_eq!(told.iter().count(), 4, "each was asked once");
     }
 
     #[tokio::test]
