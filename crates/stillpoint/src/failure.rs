@@ -76,7 +76,7 @@ pub struct Failure {
     what: String,
     vm: Option<VmName>,
     guest: Guest,
-    state: Option<StateAtTheEnd>,
+    state: Option<Box<StateAtTheEnd>>,
     points: Option<&'static str>,
     next: Option<String>,
     /// Whether the VM was changed by somebody else meanwhile, so that a new look is worth another try.
@@ -141,8 +141,7 @@ impl Failure {
             let named = format!("VM {name}");
             let rest = self.what.split_once(&named).map(|(_, rest)| rest);
             // `VM web1` does not name `VM web`.
-            if !rest.is_some_and(|rest| !rest.starts_with(|c: char| c.is_alphanumeric() || "-_.".contains(c)))
-            {
+            if rest.is_none_or(|rest| rest.starts_with(|c: char| c.is_alphanumeric() || "-_.".contains(c))) {
                 self.what = format!("{named}: {}", self.what);
             }
             self.vm = Some(name.clone());
@@ -159,7 +158,7 @@ impl Failure {
     #[must_use]
     pub(crate) fn state(mut self, state: StateAtTheEnd) -> Self {
         self.next = state.next(self.next.take());
-        self.state = Some(state);
+        self.state = Some(Box::new(state));
         self
     }
 
@@ -196,7 +195,7 @@ impl Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "error: {}", self.what)?;
-        let guest = describe(self.guest, self.state.as_ref());
+        let guest = describe(self.guest, self.state.as_deref());
         if let Some(guest) = guest {
             write!(f, "\n  guest:  {guest}")?;
         }
