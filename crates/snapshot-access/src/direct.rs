@@ -18,7 +18,7 @@
 
 mod qcow2;
 
-use crate::{fleecing::FleecingImage, taking::FILTER_CLUSTER};
+use crate::{fleecing::FleecingImage, inspect::Descriptor, taking::FILTER_CLUSTER};
 use bytes::BytesMut;
 use qcow2::{Place, Tables};
 use rustix::{
@@ -123,7 +123,7 @@ impl ImageFile {
             if !fs::metadata(&path).is_ok_and(|metadata| Identity::of(&metadata) == Some(self.identity)) {
                 continue;
             }
-            let flags = self.flags(&path)?;
+            let flags = self.descriptor(&path)?.flags;
             if flags.contains(OFlags::PATH) || flags.contains(OFlags::WRONLY) {
                 continue;
             }
@@ -154,11 +154,29 @@ impl ImageFile {
         whole.then_some(DirectImage { file, past_cache, tables: None })
     }
 
-    fn flags(&self, path: &Path) -> Option<OFlags> {
-        let number = path.file_name()?.to_str()?;
-        let info = fs::read_to_string(format!("/proc/{}/fdinfo/{number}", self.qemu)).ok()?;
-        let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?;
-        Some(OFlags::from_bits_retain(u32::from_str_radix(flags.trim(), 8).ok()?))
+    fn descriptor(&self, path: &Path) -> Option<Descriptor> {
+        Descriptor::of(self.qemu, path.file_name()?.to_str()?)
+    }
+
+    /// Where the kernel says that QEMU has it open for writing, and whether with QEMU's lock; `None` if it has not, or that
+    /// cannot be seen.
+    pub(crate) async fn held_for_writing(&self) -> Option<(PathBuf, bool)> {
+        let file = self.clone();
+        in_time(OPEN_DEADLINE, move || Ok(file.held_now())).await.ok()?
+    }
+
+    fn held_now(&self) -> Option<(PathBuf, bool)> {
+        let mut held: Option<(PathBuf, bool)> = None;
+        for entry in fs::read_dir(format!("/proc/{}/fd", self.qemu)).ok()? {
+            let path = entry.ok()?.path();
+            if !fs::metadata(&path).is_ok_and(|metadata| Identity::of(&metadata) == Some(self.identity)) {
+                continue;
+            }
+            let Some(descriptor) = self.descriptor(&path).filter(|open| open.writes()) else { continue };
+            let locked = descriptor.locked || held.as_ref().is_some_and(|(_, locked)| *locked);
+            held = Some((fs::read_link(&path).ok()?, locked));
+        }
+        held
     }
 }
 
@@ -214,7 +232,7 @@ impl DirectImage {
 }
 
 /// Waits for `work` in a thread that is given up if storage hangs.
-async fn in_time<T: Send + 'static>(
+pub(crate) async fn in_time<T: Send + 'static>(
     limit: Duration,
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {

@@ -3,6 +3,9 @@
 mod front_end;
 mod graph;
 mod iothread;
+mod writers;
+
+pub(crate) use writers::Descriptor;
 
 use crate::{
     command,
@@ -45,6 +48,8 @@ pub struct Machine {
     pub disks: Vec<Disk>,
     /// Its block devices that are not backed up, and why that loses nothing.
     pub skipped: Vec<Skipped>,
+    /// What the user has to know of a disk.
+    pub warnings: Vec<(DiskName, String)>,
     /// Whether `stop` could make a disk of it hang for good.
     pub(crate) stop_is_unsafe: bool,
     /// Disks in the way of a backup unless they are excluded, and why.
@@ -194,6 +199,7 @@ impl Machine {
             off: false,
             disks: Vec::new(),
             skipped: Vec::new(),
+            warnings: Vec::new(),
             stop_is_unsafe: false,
             obstacles: Vec::new(),
         };
@@ -206,6 +212,7 @@ impl Machine {
         machine.find_disks_without_node(qmp).await?;
         machine.find_iothreads(qmp).await?;
         machine.find_images(qmp).await?;
+        machine.find_other_writers(qmp).await;
         Ok(machine)
     }
 
@@ -220,6 +227,7 @@ impl Machine {
             off: true,
             disks: Vec::new(),
             skipped: Vec::new(),
+            warnings: Vec::new(),
             stop_is_unsafe: false,
             obstacles: Vec::new(),
         };

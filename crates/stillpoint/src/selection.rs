@@ -38,6 +38,11 @@ impl<'a> Selection<'a> {
                 selection.obstacles.push((disk, why));
             }
         }
+        for (disk, what) in &machine.warnings {
+            if said(disk).is_none() {
+                selection.warnings.push(format!("disk {disk}: {what}"));
+            }
+        }
         for disk in vm.all_excluded() {
             let known = machine.disks.iter().any(|found| found.name == *disk)
                 || machine.obstacles.iter().any(|(found, _)| found == disk)
