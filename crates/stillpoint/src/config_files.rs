@@ -7,6 +7,10 @@ use crate::{
     config::Vm,
     failure::{Exit, Failure, Guest},
 };
+use rustix::{
+    fs::{CWD, Mode, OFlags},
+    io::Errno,
+};
 use std::{
     fs::File,
     io::{self, Read as _},
@@ -80,12 +84,19 @@ impl ConfigFiles {
 }
 
 fn content(path: &Path) -> io::Result<Vec<u8>> {
-    // A fifo would be waited for, and a device has no end.
-    if !std::fs::metadata(path)?.is_file() {
+    // Its directory may be another user's, who could put a link there to a file that only we can read. What is examined is what was opened:
+    // a fifo would be waited for, and a device has no end.
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let file = match rustix::fs::openat(CWD, path, flags, Mode::empty()) {
+        Ok(file) => File::from(file),
+        Err(Errno::LOOP) => return Err(io::Error::other("it is a link; name the file itself")),
+        Err(error) => return Err(error.into()),
+    };
+    if !file.metadata()?.is_file() {
         return Err(io::Error::other("it is not a file"));
     }
     let mut content = Vec::new();
-    File::open(path)?.take(MOST + 1).read_to_end(&mut content)?;
+    file.take(MOST + 1).read_to_end(&mut content)?;
     if content.len() as u64 > MOST {
         return Err(io::Error::other(format!("it has more than {MOST} bytes, too many for a configuration")));
     }
@@ -124,7 +135,9 @@ mod test {
         std::fs::create_dir(path("sub")).unwrap();
         std::fs::write(path("same"), "").unwrap();
         std::fs::write(path("sub/same"), "").unwrap();
-        for bad in [vec!["large"], vec!["sub"], vec!["none"], vec!["same", "sub/same"]] {
+        std::fs::write(path("secret"), "root's").unwrap();
+        std::os::unix::fs::symlink(path("secret"), path("link")).unwrap();
+        for bad in [vec!["large"], vec!["sub"], vec!["none"], vec!["link"], vec!["same", "sub/same"]] {
             let paths: Vec<_> = bad.iter().map(|name| format!("{:?}", path(name))).collect();
             assert!(ConfigFiles::read(&vm(format!("config = [{}]", paths.join(", ")))).is_err(), "{bad:?}");
         }

@@ -163,9 +163,8 @@ fn names_of(path: &Path) -> Vec<PathBuf> {
         let parent = std::fs::canonicalize(absolute.parent()?).ok()?;
         Some(parent.join(absolute.file_name()?))
     });
-    let mut names = vec![absolute];
-    names.extend(real.filter(|real| *real != names[0]));
-    names
+    let real = real.filter(|real| *real != absolute);
+    [absolute].into_iter().chain(real).collect()
 }
 
 #[cfg(test)]
