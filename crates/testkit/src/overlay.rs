@@ -97,8 +97,8 @@ impl Guest {
             name == format!("node-{disk}") || name.starts_with(&format!("overlay-{disk}-"))
         };
         let known = nodes.as_array().into_iter().flatten().filter(of_disk);
-        let top = known.filter(|node| node.get("ro") == Some(&false.into())).last();
-        top.cloned().context("a node that is written to")
+        let mut known = known.filter(|node| node.get("ro") == Some(&false.into()));
+        known.next_back().cloned().context("a node that is written to")
     }
 
     fn number(&mut self) -> usize {

@@ -137,8 +137,11 @@ impl Watch {
     /// For a run that is dead.
     fn keep_empty(&mut self) {
         self.give_up();
+        if !self.given_up {
+            return;
+        }
         let mut looked: Option<Instant> = None;
-        while self.given_up {
+        loop {
             self.take_back();
             if looked.is_none_or(|looked| looked.elapsed() > STILL_OPEN) {
                 looked = Some(Instant::now());
