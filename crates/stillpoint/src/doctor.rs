@@ -13,7 +13,7 @@ use crate::{
 };
 use std::path::Path;
 use stillpoint_model::VmName;
-use stillpoint_snapshot_access::{LeftOvers, Machine, PointBitmap};
+use stillpoint_snapshot_access::{LeftOvers, Machine, PointBitmap, Reserve};
 
 /// What was found out about one thing.
 struct Report {
@@ -161,6 +161,12 @@ async fn look_at_qemu(name: Option<&VmName>, socket: &Path, vm: &Vm, report: &mu
         let size = crate::text::bytes(disk.size);
         report.good(format!("disk {} ({size}, {}{read_only})", disk.name, disk.format));
     }
+    for line in bitmaps::lines(qmp).await {
+        report.good(line);
+    }
+    for warning in bitmaps::too_many(&selection.disks, None) {
+        report.warn(warning);
+    }
     for skipped in &selection.skipped {
         report.warn(format!("not backed up: {} ({})", skipped.name.escape_debug(), skipped.reason));
     }
@@ -180,15 +186,8 @@ fn found_bitmaps(found: &[PointBitmap], report: &mut Report) {
 
 fn look_at_fleecing(name: Option<&VmName>, vm: &Vm, report: &mut Report) {
     let fleecing = &vm.fleecing.directory;
-    match rustix::fs::statvfs(fleecing) {
-        Ok(system) => {
-            let free = stillpoint_model::Length::new(system.f_bavail.saturating_mul(system.f_frsize));
-            report.good(format!(
-                "{} for fleecing images, {} free",
-                fleecing.display(),
-                crate::text::bytes(free)
-            ));
-        }
+    match Reserve::of(fleecing, vm.fleecing.reserve) {
+        Ok(reserve) => look_at_space(name, vm, &reserve, report),
         Err(error) => {
             let next = format!(
                 "mkdir -p {}, or name another under [vm.{}]: fleecing = {{ directory = ... }}",
@@ -196,9 +195,63 @@ fn look_at_fleecing(name: Option<&VmName>, vm: &Vm, report: &mut Report) {
                 name.map_or("NAME", VmName::as_str)
             );
             report.bad(
-                format!("no directory {} for fleecing images: {error}", fleecing.display()),
+                format!(
+                    "no directory {} for fleecing images: {}",
+                    fleecing.display(),
+                    crate::failure::chain(&error)
+                ),
                 Some(&next),
             );
         }
     }
+}
+
+fn look_at_space(name: Option<&VmName>, vm: &Vm, reserve: &Reserve, report: &mut Report) {
+    let bytes = crate::text::bytes;
+    let section = name.map_or("NAME", VmName::as_str);
+    let directory = vm.fleecing.directory.display();
+    for space in reserve.states() {
+        let (free, least) = (space.free, space.reserve);
+        let place = space.directory.display();
+        let what = format!(
+            "{place} has {} free for old data, and {} of it is left alone",
+            bytes(free),
+            bytes(least)
+        );
+        match free.get().checked_sub(least.get()) {
+            Some(usable) if usable > 0 => {
+                let usable = bytes(stillpoint_model::Length::new(usable));
+                report.good(format!("{what}: a backup ends when its old data takes more than {usable}"));
+            }
+            _ => report.bad(
+                format!("{what}: no backup can begin"),
+                Some(&format!(
+                    "make room in {place}, or name another directory under [vm.{section}]: fleecing = {{ directory = \"/PATH\" }}"
+                )),
+            ),
+        }
+        if least == stillpoint_model::Length::ZERO && shares_space(&space.directory, vm) {
+            report.warn(format!(
+                "{place} has images of this VM, and nothing is left alone there (reserve = \"0\" under [vm.{section}]): old data could \
+                 stop the guest"
+            ));
+        }
+    }
+    for pool in reserve.unseen() {
+        if vm.fleecing.budget.is_none() {
+            report.warn(format!(
+                "{directory} is on thin pool {}, whose free space is not seen from here: if images are in it too, set a budget under \
+                 [vm.{section}]: fleecing = {{ budget = \"SIZE\" }}",
+                pool.escape_debug()
+            ));
+        }
+    }
+}
+
+/// Whether an image of the VM that the configuration names is on the file system of `directory`.
+fn shares_space(directory: &Path, vm: &Vm) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    let device = |path: &Path| std::fs::metadata(path).map(|found| found.dev()).ok();
+    let here = device(directory);
+    here.is_some() && vm.disks.values().any(|disk| device(&disk.image) == here)
 }
