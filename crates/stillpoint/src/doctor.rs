@@ -161,12 +161,6 @@ async fn look_at_qemu(name: Option<&VmName>, socket: &Path, vm: &Vm, report: &mu
         let size = crate::text::bytes(disk.size);
         report.good(format!("disk {} ({size}, {}{read_only})", disk.name, disk.format));
     }
-    for line in bitmaps::lines(qmp).await {
-        report.good(line);
-    }
-    for warning in bitmaps::too_many(&selection.disks, None) {
-        report.warn(warning);
-    }
     for skipped in &selection.skipped {
         report.warn(format!("not backed up: {} ({})", skipped.name.escape_debug(), skipped.reason));
     }
