@@ -36,13 +36,14 @@ impl Graph {
         self.nodes.get(self.edges.get(&(parent.as_str().to_owned(), role.to_owned()))?)
     }
 
-    /// Below `node`, by one `file` after the other, what has no such child any more: the node that reads and writes
-    /// the image itself.
+    /// Below `node`, by one `file` after the other (filters for debugging call theirs `image`), what has no such child any more: the node
+    /// that reads and writes the image itself.
     pub(crate) fn bottom<'a>(&'a self, node: &'a Inserted) -> &'a Inserted {
         let mut bottom = node;
         // A graph has no circles, and a peer's word is not relied on for that.
         for _ in 0..self.nodes.len() {
-            match bottom.node_name.as_ref().and_then(|name| self.child(name, "file")) {
+            let below = |name| self.child(name, "file").or_else(|| self.child(name, "image"));
+            match bottom.node_name.as_ref().and_then(below) {
                 Some(below) => bottom = below,
                 None => break,
             }

@@ -328,7 +328,7 @@ fn a_run_that_is_killed_between_its_freeze_and_the_guard_is_recovered() {
     let mut setting = Setting::new(Manner::Good);
     let held = Held::at(&setting.tool, "frozen#1", setting.arguments(60));
     // Without the guard nothing thaws: the negative control of the test above.
-    let guard = guard_of(held.pid());
+    let guard = common::guards(held.pid())[0];
     assert!(
         std::process::Command::new("kill")
             .args(["-s", "KILL", &guard.to_string()])
@@ -344,21 +344,6 @@ fn a_run_that_is_killed_between_its_freeze_and_the_guard_is_recovered() {
     let recovered = setting.tool.run(["recover", "--qmp", &qmp]).unwrap();
     assert!(recovered.status == 0 && recovered.stderr.contains("may be frozen"), "{recovered:?}");
     setting.is_thawed_and_running();
-}
-
-/// The guard that a run has started.
-fn guard_of(run: u32) -> u32 {
-    let children = format!("/proc/{run}/task/{run}/children");
-    let mut found: Vec<u32> = Vec::new();
-    for task in std::fs::read_dir(format!("/proc/{run}/task")).unwrap() {
-        let children = std::fs::read_to_string(task.unwrap().path().join("children")).unwrap_or_default();
-        found.extend(children.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
-    }
-    let is_guard = |pid: &&u32| {
-        let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        line.contains("--guard-the-guest")
-    };
-    *found.iter().find(is_guard).unwrap_or_else(|| panic!("no guard: {children}"))
 }
 
 /// What ext4 says of itself in a restored image: its journal has to be replayed, or not; and how many files were written.

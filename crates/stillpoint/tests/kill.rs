@@ -130,7 +130,7 @@ fn at_every_place(guest: &mut Guest, action: &str, seed: u64, musts: &[&str], on
         no_process_is_left(cuts.guest.work(), place);
     }
     println!("{action}: {} places, {reached} runs ended there", places.len());
-    assert!(reached as usize * 5 > places.len() * 2);
+    assert!(reached as usize * 3 > places.len());
     cuts.judge_all(&points);
     cuts.end();
 }
@@ -264,7 +264,7 @@ fn without_the_guard_the_guest_stays_paused() {
         assert!(Instant::now() < deadline, "the guest is not paused");
         std::thread::sleep(Duration::from_millis(2));
     }
-    let guards = common::children(held.pid());
+    let guards = common::guards(held.pid());
     assert_eq!(guards.len(), 1, "{guards:?}");
     for pid in guards.iter().chain([&held.pid()]) {
         assert!(Command::new("kill").args(["-s", "KILL", &pid.to_string()]).status().unwrap().success());

@@ -266,7 +266,7 @@ fn stopped_in_the_pause(vm: &mut Vm, kill_the_guard: bool) {
         assert!(Instant::now() < deadline, "the guest is not paused");
         std::thread::sleep(Duration::from_millis(2));
     }
-    let guards = common::children(held.pid());
+    let guards = common::guards(held.pid());
     assert_eq!(guards.len(), 1, "{guards:?}");
     signal(vm.pid(), "STOP");
     let outcome = held.go_on();

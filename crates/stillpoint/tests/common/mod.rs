@@ -192,6 +192,12 @@ pub fn children(parent: u32) -> Vec<u32> {
         .collect()
 }
 
+/// The guards of the guest among them; a run has a watcher of the host's space, too.
+pub fn guards(run: u32) -> Vec<u32> {
+    let line = |pid: &u32| std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    children(run).into_iter().filter(|pid| line(pid).contains("--guard-the-guest")).collect()
+}
+
 /// Sends a signal to a process, by the signal's name.
 pub fn signal(pid: u32, name: &str) {
     assert!(Command::new("kill").args(["-s", name, &pid.to_string()]).status().unwrap().success());
