@@ -55,7 +55,7 @@ fn each_fault_of_a_password_or_a_place_has_its_own_words() {
         &["target", "init", "main"],
         1,
         "cannot create a repository",
-        "check the path, and that it is mounted",
+        "mount the target, or correct its path",
     );
     fs::remove_file(target.path().join("repository/config")).unwrap();
     at("%/repository");
